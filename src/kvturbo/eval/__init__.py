@@ -1,0 +1,1 @@
+"""Evaluation: retrieval, perplexity and divergence of a model on a packed cache."""
