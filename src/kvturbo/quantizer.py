@@ -112,7 +112,8 @@ def dequantize(
         )
     if channels is None:
         return parts[0]
-    assert packed.outliers is not None and packed.outlier_scale is not None
+    assert packed.outliers is not None
+    assert packed.outlier_scale is not None
     outliers = packed.outliers.view(torch.int8).float() * packed.outlier_scale.float().unsqueeze(-1)
     return parts[0].scatter(-1, channels, outliers)
 
@@ -262,7 +263,8 @@ def _quantize_rows(x: Tensor, form: SideFormat, seed: int, channels: Tensor | No
 
 def _qjl_residual(packed: Packed, seed: int) -> Tensor:
     """sqrt(pi/2)/d |r| S^T sign(S r), TurboQuant's Algorithm 2."""
-    assert packed.residual_signs is not None and packed.residual_norm is not None
+    assert packed.residual_signs is not None
+    assert packed.residual_norm is not None
     d = packed.residual_signs.shape[-1]
     projected = (1 - 2 * packed.residual_signs.float()) @ gaussian_matrix(d, seed, packed.codes.device)
     return projected * (packed.residual_norm.float() * (math.sqrt(math.pi / 2) / d)).unsqueeze(-1)
@@ -293,6 +295,7 @@ def _join(pieces: list[Packed], shape: torch.Size) -> Packed:
         return whole.reshape(*shape, *whole.shape[1:])
 
     codes, scales = joined("codes"), joined("scales")
-    assert codes is not None and scales is not None
+    assert codes is not None
+    assert scales is not None
     names = "outliers", "outlier_scale", "residual_signs", "residual_norm"
     return Packed(codes, scales, *(joined(name) for name in names))

@@ -1,0 +1,49 @@
+"""Which implementation of an operation runs. An explicit choice never falls back to another."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kvturbo.config import KVFormat
+
+BACKENDS = ("reference",)
+OPERATIONS = ("store", "decode", "gather")
+
+
+def unavailable(backend: str, operation: str, device: torch.device, fmt: KVFormat) -> str | None:
+    """Why `backend` can't run `operation` for `fmt` on `device`, or None if it can.
+
+    Raises:
+        ValueError: there is no such backend or operation.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    return None
+
+
+@lru_cache(maxsize=256)
+def choose(requested: str, operation: str, device: torch.device, fmt: KVFormat) -> str:
+    """The backend that runs an operation: the requested one, or for "auto" the fastest that can.
+
+    Raises:
+        ValueError: the requested backend does not exist or can't run the operation; the message says why.
+    """
+    if requested != "auto":
+        reason = unavailable(requested, operation, device, fmt)
+        if reason:
+            raise ValueError(f"backend {requested!r} can't run {operation}: {reason}")
+        return requested
+    return next(name for name in reversed(BACKENDS) if not unavailable(name, operation, device, fmt))
+
+
+@lru_cache(maxsize=16)
+def load(operation: str, backend: str) -> Callable[..., Any]:
+    """The function that implements an operation in a backend."""
+    return getattr(importlib.import_module(f"kvturbo.ops.{operation}.{backend}"), operation)

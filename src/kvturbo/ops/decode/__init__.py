@@ -1,0 +1,111 @@
+"""Decode: attention of the newest tokens over the packed cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvturbo.config import KVFormat
+from kvturbo.ops import backends, checks
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    q_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    outlier_channels: Tensor | None = None,
+    schedule: Any = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of each sequence's last tokens over its pages, those tokens' own keys and values included.
+
+    Query i of a sequence with q_len n and seq_len L stands at position L - n + i and sees positions up to its own.
+
+    Args:
+        q: [T, num_q_heads, d], the sequences' queries one after another; rows beyond sum(q_lens) are padding.
+        pages: [num_pages, num_kv_heads, page_bytes] uint8.
+        block_table: [B, any] int32, the pages of each sequence in order.
+        seq_lens: [B] int32, tokens in the cache, the queries' own included; 0 for an empty sequence.
+        fmt: the format.
+        scale: factor on the scores, usually d ** -0.5.
+        q_lens: [B] int32, 0 to 8 queries per sequence (default 1 each, T = B).
+        seq_starts: [B] int32, positions below it are padding (default 0).
+        window: a query at p sees positions above p - window only.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        sinks: [num_q_heads] fp32, a logit per head in the softmax without a value.
+        outlier_channels: [num_kv_heads, fmt.channel_count] int64, as given to store.
+        schedule: a plan of splits made once for all layers of a step (GPU backends; default: made here).
+        out: [T, num_q_heads, d] to write into.
+        backend: "auto" or one of `kvturbo.ops.backends.BACKENDS`.
+
+    Returns:
+        out [T, num_q_heads, d] in q's dtype, and lse [T, num_q_heads] fp32 (fp64 for fp64 queries), natural logarithm,
+        sinks included. Rows that see nothing, padding rows too, are 0 with lse -inf (with sinks: the sink).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or device; a page id, a length or a q_len is out of
+            range (seen on the CPU only: no synchronisation on a GPU); or the backend is not available.
+    """
+    page_size = checks.check_pages(pages, fmt)
+    checks.check_vectors("q", q, fmt, pages)
+    checks.check_heads(q, pages)
+    checks.check_tables(block_table, seq_lens, "seq_lens", pages, page_size)
+    checks.check_outliers(outlier_channels, fmt, pages)
+    _check_queries(q, seq_lens, q_lens, seq_starts, pages)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if sinks is not None:
+        checks.check_ints("sinks", sinks, (q.shape[1],), torch.float32, pages)
+    if out is None:
+        out = torch.empty_like(q)
+    elif out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device:
+        raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
+    name = backends.choose(backend, "decode", pages.device, fmt)
+    if torch.compiler.is_compiling():
+        if schedule is not None:
+            raise ValueError("schedule can't be passed inside torch.compile; leave it out")
+        lse = torch.ops.kvturbo.decode(
+            q, pages, block_table, seq_lens, out, fmt.name, fmt.seed, scale,
+            q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, name,
+        )  # fmt: skip
+        return out, lse
+    lse = backends.load("decode", name)(
+        q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
+        soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels, schedule=schedule,
+    )  # fmt: skip
+    return out, lse
+
+
+def _check_queries(
+    q: Tensor, seq_lens: Tensor, q_lens: Tensor | None, seq_starts: Tensor | None, pages: Tensor
+) -> None:
+    batch = seq_lens.shape[0]
+    if seq_starts is not None:
+        checks.check_ints("seq_starts", seq_starts, (batch,), torch.int32, pages)
+        checks.check_range("seq_starts", seq_starts, 0, 2**31 - 1)
+    if q_lens is None:
+        if q.shape[0] != batch:
+            raise ValueError(f"q must have one row per sequence ({batch}) without q_lens, got {q.shape[0]}")
+        return
+    checks.check_ints("q_lens", q_lens, (batch,), torch.int32, pages)
+    checks.check_range("q_lens", q_lens, 0, checks.MAX_Q_LEN)
+    if q_lens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if int(q_lens.sum()) > q.shape[0]:
+        raise ValueError(f"q_lens sum to {int(q_lens.sum())}, q has {q.shape[0]} rows")
+    if ((q_lens > seq_lens) & (seq_lens > 0)).any():
+        raise ValueError(f"q_lens must not be above seq_lens, got {q_lens.tolist()} and {seq_lens.tolist()}")

@@ -1,0 +1,124 @@
+"""The operations as torch.library ops, so that torch.compile takes them whole. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvturbo.config import KVFormat
+from kvturbo.ops import backends
+
+
+@torch.library.custom_op("kvturbo::store", mutates_args={"pages"})
+def store(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slot_mapping: Tensor,
+    format_name: str,
+    seed: int,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> None:
+    """`kvturbo.ops.store` with a chosen backend; the format goes by name."""
+    fmt = KVFormat.from_name(format_name, k.shape[-1], seed=seed)
+    backends.load("store", backend)(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+
+
+@store.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slot_mapping: Tensor,
+    format_name: str,
+    seed: int,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("kvturbo::gather", mutates_args={"k_out", "v_out"})
+def gather(
+    pages: Tensor,
+    block_table: Tensor,
+    start: int,
+    stop: int,
+    k_out: Tensor,
+    v_out: Tensor,
+    format_name: str,
+    seed: int,
+    rotated: bool,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> None:
+    """`kvturbo.ops.gather` with a chosen backend; the format goes by name."""
+    fmt = KVFormat.from_name(format_name, k_out.shape[-1], seed=seed)
+    run = backends.load("gather", backend)
+    run(pages, block_table, start, stop, (k_out, v_out), fmt=fmt, rotated=rotated, outlier_channels=outlier_channels)
+
+
+@gather.register_fake
+def _(
+    pages: Tensor,
+    block_table: Tensor,
+    start: int,
+    stop: int,
+    k_out: Tensor,
+    v_out: Tensor,
+    format_name: str,
+    seed: int,
+    rotated: bool,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("kvturbo::decode", mutates_args={"out"})
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    format_name: str,
+    seed: int,
+    scale: float,
+    q_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`kvturbo.ops.decode` with a chosen backend; the format goes by name. Returns lse."""
+    fmt = KVFormat.from_name(format_name, q.shape[-1], seed=seed)
+    lse: Tensor = backends.load("decode", backend)(
+        q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
+        soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels,
+    )  # fmt: skip
+    return lse
+
+
+@decode.register_fake
+def _(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    format_name: str,
+    seed: int,
+    scale: float,
+    q_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    outlier_channels: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,43 @@
+"""Store in pure torch: quantise, then rewrite the slots of the pages that are touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvturbo.config import KVFormat
+from kvturbo.layout import PageLayout
+from kvturbo.quantizer import Packed, quantize
+
+
+def store(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slot_mapping: Tensor,
+    *,
+    fmt: KVFormat,
+    outlier_channels: Tensor | None = None,
+) -> None:
+    """See `kvturbo.ops.store`."""
+    keep = slot_mapping >= 0
+    if not keep.any():
+        return
+    layout = PageLayout.of(fmt, PageLayout.page_size_of(fmt, pages.shape[2]))
+    slots = slot_mapping[keep]
+    touched, index = torch.unique(slots // layout.page_size, return_inverse=True)
+    block = pages[touched]
+    for side, x in (("k", k), ("v", v)):
+        new = quantize(x[keep], fmt, side, outlier_channels)  # type: ignore[arg-type]
+        old = layout.read(block, side)  # type: ignore[arg-type]
+        _put(old, new, index, slots % layout.page_size)
+        layout.write(block, side, old)  # type: ignore[arg-type]
+    pages[touched] = block
+
+
+def _put(pages: Packed, tokens: Packed, index: Tensor, slot: Tensor) -> None:
+    """Puts tokens' fields [n, heads, ...] into pages' [pages, heads, page_size, ...] at (index, :, slot)."""
+    for name in ("codes", "scales", "outliers", "outlier_scale", "residual_signs", "residual_norm"):
+        field = getattr(tokens, name)
+        if field is not None:
+            getattr(pages, name)[index, :, slot] = field

@@ -1,0 +1,66 @@
+"""Files of named tensors with a header: safetensors whose version and checksum are verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE_VERSION = 1
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Writes tensors and a JSON header. The file appears whole or not at all, and replaces one that is there.
+
+    Args:
+        path: the file.
+        tensors: contiguous host tensors by name.
+        header: anything JSON can hold; the version is added.
+    """
+    text = json.dumps({"version": FILE_VERSION, **header})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, {"kvturbo": text, "sha256": _digest(tensors, text)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write_file` wrote: tensors on the host, and the header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, altered, not one of ours, or of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no cache file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if "kvturbo" not in metadata:
+        raise ValueError(f"{path} is not a saved KV cache: it has no 'kvturbo' entry")
+    if metadata.get("sha256") != _digest(tensors, metadata["kvturbo"]):
+        raise ValueError(f"{path} has been altered: its checksum does not match its contents")
+    header = json.loads(metadata["kvturbo"])
+    if header["version"] != FILE_VERSION:
+        raise ValueError(f"{path} is of file version {header['version']}; this release reads version {FILE_VERSION}")
+    return tensors, header
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
