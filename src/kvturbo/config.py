@@ -14,6 +14,7 @@ PAGE_SIZES = (16, 32, 64)
 SCALE_BYTES = 2
 
 Side = Literal["k", "v"]
+SIDES: tuple[Side, Side] = ("k", "v")
 ScaleRule = Literal["norm", "least_squares", "unbiased", "rms", "amax"]
 """How the stored scale follows from a vector y and its levels c (see `quantizer`)."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvturbo.config import PAGE_SIZES, KVFormat, Side
+from kvturbo.config import PAGE_SIZES, SIDES, KVFormat, Side
 from kvturbo.quantizer import Packed
 
 Width = Literal[1, 2, 4, 8]
@@ -193,9 +193,9 @@ class PageLayout:
     def __init__(self, fmt: KVFormat, page_size: int) -> None:
         self.fmt, self.page_size, self.page_bytes = fmt, page_size, fmt.page_bytes(page_size)
         self.planes: dict[str, Plane] = {}
-        for side in ("k", "v"):
+        for side in SIDES:
             self._add_codes(side)
-        for side in ("k", "v"):
+        for side in SIDES:
             for i in range(len(fmt.side(side).parts)):
                 self._add(f"{side}.scale{i}", side, 16, 1)
             if fmt.side(side).qjl:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvturbo.config import KVFormat
+from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.ops.dense import attend, causal_mask
 from kvturbo.quantizer import dequantize, has_rotated_form
@@ -78,7 +78,7 @@ def _read(
     channels = None if outlier_channels is None else outlier_channels[:, None, None, :]
     offset = first * layout.page_size
     sides = []
-    for side in ("k", "v"):
-        x = dequantize(layout.read(block, side), layout.fmt, side, channels, rotated=rotated)  # type: ignore[arg-type]
+    for side in SIDES:
+        x = dequantize(layout.read(block, side), layout.fmt, side, channels, rotated=rotated)
         sides.append(x.flatten(1, 2)[:, begin - offset : length - offset].transpose(0, 1))
     return sides[0], sides[1]

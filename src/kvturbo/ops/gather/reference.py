@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvturbo.config import KVFormat
+from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.quantizer import dequantize
 
@@ -26,8 +26,8 @@ def gather(
     last = -(-stop // layout.page_size)
     block = pages[block_table[:, first:last].long()]  # [B, pages, heads, page_bytes]
     channels = None if outlier_channels is None else outlier_channels[:, None, :]
-    for side, target in zip("kv", out, strict=True):
-        x = dequantize(layout.read(block, side), fmt, side, channels, rotated=rotated)  # type: ignore[arg-type]
+    for side, target in zip(SIDES, out, strict=True):
+        x = dequantize(layout.read(block, side), fmt, side, channels, rotated=rotated)
         x = x.transpose(2, 3).flatten(1, 2)  # [B, tokens, heads, d]
         offset = first * layout.page_size
         target.copy_(x[:, start - offset : stop - offset])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvturbo.config import KVFormat
+from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.quantizer import Packed, quantize
 
@@ -27,11 +27,11 @@ def store(
     slots = slot_mapping[keep]
     touched, index = torch.unique(slots // layout.page_size, return_inverse=True)
     block = pages[touched]
-    for side, x in (("k", k), ("v", v)):
-        new = quantize(x[keep], fmt, side, outlier_channels)  # type: ignore[arg-type]
-        old = layout.read(block, side)  # type: ignore[arg-type]
+    for side, x in zip(SIDES, (k, v), strict=True):
+        new = quantize(x[keep], fmt, side, outlier_channels)
+        old = layout.read(block, side)
         _put(old, new, index, slots % layout.page_size)
-        layout.write(block, side, old)  # type: ignore[arg-type]
+        layout.write(block, side, old)
     pages[touched] = block
 
 
