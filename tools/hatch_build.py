@@ -15,5 +15,5 @@ class ModelsBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return
-        for config in sorted(Path(self.root, "models").glob("*/config.json")):
+        for config in sorted(Path(self.root, "models").glob("kvturbo-*/config.json")):
             build_data["force_include"][str(config.parent)] = f"kvturbo/models/{config.parent.name}"

@@ -1,0 +1,86 @@
+# Everything runs from .venv, which the first target that needs it creates.  `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+OUT ?= demo-out
+
+# cuda: an NVIDIA driver answers, so torch is the CUDA build and the GPU extras are installed too.
+FLAVOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# Without a GPU: an index that has CPU builds of torch. Empty: the configured one if it has them, else PyTorch's.
+TORCH_INDEX ?=
+
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==//p' constraints/$(FLAVOR).txt)
+CONSTRAINTS := constraints/$(FLAVOR).txt
+EXTRAS := hf,eval$(if $(filter cuda,$(FLAVOR)),$(comma)triton$(comma)cuda)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format gpu-test clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "  PYTHON=$(PYTHON)  FLAVOR=$(FLAVOR) (cpu or cuda)  TORCH_INDEX=$(TORCH_INDEX)  OUT=$(OUT) (of make demo)"
+	@echo "  TORCH_INDEX: a package index with CPU builds of torch, such as $(PYTORCH_CPU_INDEX)"
+
+demo: $(VENV)/.demo-$(FLAVOR) ## generate from a packed cache and measure it against the 16-bit one
+	@echo "==> kvturbo demo, files in $(OUT)/"
+	@$(BIN)/kvturbo demo --out $(OUT)
+
+test: lint ## lint, then every test that needs no GPU, a wheel's smoke test included
+	@echo "==> pytest"
+	@$(BIN)/pytest -m "not gpu"
+
+gpu-test: $(VENV)/.dev-$(FLAVOR) ## the tests that need a GPU
+	@echo "==> pytest on the GPU"
+	@$(BIN)/pytest -m gpu
+
+lint: $(VENV)/.dev-$(FLAVOR) ## ruff, mypy and the import contracts
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+	@echo "==> import contracts"
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev-$(FLAVOR) ## let ruff fix and format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove caches and what the demo wrote
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist site $(OUT)
+	find src tests tools models -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch comes first and alone, so that no other package is taken from the extra index.
+$(VENV)/.torch-$(FLAVOR): $(CONSTRAINTS) constraints/common.txt | $(BIN)/python
+	@echo "==> installing torch $(TORCH), $(FLAVOR) build"
+	@index="$(TORCH_INDEX)"; \
+	if [ -z "$$index" ] && [ "$(FLAVOR)-$$(uname -s)" = cpu-Linux ] && \
+	    ! $(PIP) index versions torch 2>/dev/null | grep -qF "$(TORCH)+cpu"; then index=$(PYTORCH_CPU_INDEX); fi; \
+	$(PIP) install -c $(CONSTRAINTS) $${index:+--extra-index-url "$$index"} torch numpy
+	@$(BIN)/python -c 'import torch; print("==> torch", torch.__version__, "CUDA", torch.version.cuda or "none")'
+	@touch $@
+
+$(VENV)/.demo-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
+	@echo "==> installing kvturbo[$(EXTRAS)]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV)/.dev-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
+	@echo "==> installing kvturbo[$(EXTRAS),dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),dev]"
+	@touch $@
