@@ -73,6 +73,8 @@ $(VENV)/.torch-$(FLAVOR): $(CONSTRAINTS) constraints/common.txt | $(BIN)/python
 	    ! $(PIP) index versions torch 2>/dev/null | grep -qF "$(TORCH)+cpu"; then index=$(PYTORCH_CPU_INDEX); fi; \
 	$(PIP) install -c $(CONSTRAINTS) $${index:+--extra-index-url "$$index"} torch numpy
 	@$(BIN)/python -c 'import torch; print("==> torch", torch.__version__, "CUDA", torch.version.cuda or "none")'
+	@[ $(FLAVOR) = cpu ] || $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
+	    { echo "$(VENV) has a CPU build of torch: run make distclean first, or set FLAVOR=cpu"; exit 1; }
 	@touch $@
 
 $(VENV)/.demo-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
