@@ -213,12 +213,8 @@ class PagedKVCache:
         k, v = ops.gather(self.pages[layer], table, start, stop, **options, **self._options(layer))
         return k[0], v[0]
 
-    def save(self, path: str | Path) -> None:
-        """Writes the live sequences and the pages they use to a safetensors file, whole or not at all.
-
-        Args:
-            path: the file, replaced if it exists.
-        """
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The live sequences and the pages they use: host tensors by name, and a header that JSON can hold."""
         used = sorted({page for table in self.pool.tables.values() for page in table})
         number = {page: i for i, page in enumerate(used)}
         index = torch.tensor(used, dtype=torch.int64, device=self.device)
@@ -231,33 +227,32 @@ class PagedKVCache:
         ]
         header = {"format": self.fmt.name, "head_dim": self.fmt.head_dim, "seed": self.fmt.seed}
         header |= {"page_size": self.page_size, "num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads}
-        write_file(Path(path), tensors, header | {"sequences": sequences})
+        return tensors, header | {"sequences": sequences}
 
     @classmethod
-    def load(
+    def from_state(
         cls,
-        path: str | Path,
+        tensors: dict[str, Tensor],
+        header: dict[str, Any],
         *,
         num_pages: int | None = None,
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> PagedKVCache:
-        """Reads a file that `save` wrote. Sequences get the ids 0, 1, ... in the order in which they were saved.
+        """A cache with what `state` returned. Sequences get the ids 0, 1, ... in the order in which they were there.
 
         Args:
-            path: the file.
-            num_pages: pages per layer of the new cache (default: as many as the file holds, at least 1).
+            tensors, header: from `state`.
+            num_pages: pages per layer of the new cache (default: as many as there are, at least 1).
             device, backend: as for the constructor.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, altered, not a saved cache or of another version, or num_pages is too small.
+            ValueError: num_pages is too small.
         """
-        tensors, header = read_file(Path(path))
         stored = tensors["pages.0"].shape[0]
         num_pages = max(stored, 1) if num_pages is None else num_pages
         if num_pages < stored:
-            raise ValueError(f"num_pages must be at least the {stored} pages in {path}, got {num_pages}")
+            raise ValueError(f"num_pages must be at least the {stored} pages that are stored, got {num_pages}")
         cache = cls(
             KVFormat.from_name(header["format"], header["head_dim"], seed=header["seed"]),
             num_layers=header["num_layers"],
@@ -273,6 +268,31 @@ class PagedKVCache:
         for sequence in header["sequences"]:
             cache.pool.adopt(sequence["pages"], sequence["length"])
         return cache
+
+    def save(self, path: str | Path) -> None:
+        """Writes the live sequences and the pages they use to a safetensors file, whole or not at all.
+
+        Args:
+            path: the file, replaced if it exists.
+        """
+        write_file(Path(path), *self.state())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        num_pages: int | None = None,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ) -> PagedKVCache:
+        """Reads a file that `save` wrote. Arguments and sequence ids as for `from_state`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, altered, not a saved cache or of another version, or num_pages is too small.
+        """
+        return cls.from_state(*read_file(Path(path)), num_pages=num_pages, device=device, backend=backend)
 
     def _options(self, layer: int) -> dict[str, Any]:
         channels = None if self.outlier_channels is None else self.outlier_channels[layer]
