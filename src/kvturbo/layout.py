@@ -149,30 +149,54 @@ def _order(side: Side, width: Width, channels: int, page_size: int, device: str)
     return order.to(device), torch.argsort(order).to(device)
 
 
+@lru_cache(maxsize=16)
+def _bits_of_code(width: Width, device: str) -> tuple[Tensor, ...]:
+    """Per bit of a code, where it lies in a word for each element: `width` tensors [32 // width] int32."""
+    return torch.from_numpy(bit_positions(width)).to(device, torch.int32).unbind(1)
+
+
 def _write_words(codes: Tensor, side: Side, width: Width) -> Tensor:
     """Codes [..., page_size, channels] uint8, below 2^width, to a plane's bytes [..., nbytes] uint8."""
     page_size, channels = codes.shape[-2:]
     _, inverse = _order(side, width, channels, page_size, str(codes.device))
-    elements = codes.flatten(-2)[..., inverse].unflatten(-1, (-1, 32 // width)).int()
+    elements = _permute(codes.flatten(-2), inverse)
+    if width == 8:
+        return elements
+    elements = elements.unflatten(-1, (-1, 32 // width)).int()
     words = torch.zeros(elements.shape[:-1], dtype=torch.int32, device=codes.device)
-    for element, bits in enumerate(bit_positions(width).tolist()):
-        for j, bit in enumerate(bits):
-            words |= (elements[..., element] >> j & 1) << bit
-    return words.contiguous().view(torch.uint8)
+    for j, positions in enumerate(_bits_of_code(width, str(codes.device))):
+        words |= ((elements >> j & 1) << positions).sum(-1, dtype=torch.int32)
+    return words.view(torch.uint8)
 
 
 def _read_words(plane: Tensor, side: Side, width: Width, channels: int, page_size: int) -> Tensor:
     """A plane's bytes [..., nbytes] uint8 to codes [..., page_size, channels] uint8."""
     order, _ = _order(side, width, channels, page_size, str(plane.device))
-    if width == 8:
-        return plane[..., order].unflatten(-1, (page_size, channels))
-    words = plane.contiguous().view(torch.int32).unsqueeze(-1)
-    positions = torch.from_numpy(bit_positions(width)).to(plane.device, torch.int32)
+    elements = plane if width == 8 else _unpack(plane.contiguous().view(torch.int32).long(), width)
+    return _permute(elements, order).unflatten(-1, (page_size, channels))
+
+
+def _unpack(words: Tensor, width: Width) -> Tensor:
+    """The elements of words [..., n] int64 in order, [..., n * 32 // width] uint8. `bit_positions` in eight elements at a time."""
     if width == 4:
-        elements = (words >> positions[:, 0] & 7) | (words >> positions[:, 3] & 1) << 3
+        signs = words >> 7 & 0x01010101 | (words >> 3 & 0x01010101) << 32
+        units = [_spread(words & 0x77777777) | signs << 3]
     else:
-        elements = words >> positions[:, 0] & (2**width - 1)
-    return elements.to(torch.uint8).flatten(-2)[..., order].unflatten(-1, (page_size, channels))
+        nibbles = 0x33333333 if width == 2 else 0x11111111
+        units = [_spread(words >> width * u & nibbles) for u in range(4 // width)]
+    return torch.stack(units, -1).view(torch.uint8).flatten(-2)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Eight nibbles, in the low half of an int64, to its eight bytes."""
+    x = (x | x << 16) & 0x0000FFFF0000FFFF
+    x = (x | x << 8) & 0x00FF00FF00FF00FF
+    return (x | x << 4) & 0x0F0F0F0F0F0F0F0F
+
+
+def _permute(x: Tensor, order: Tensor) -> Tensor:
+    # A gather takes a third of the time of x[..., order].
+    return x.gather(-1, order.expand(*x.shape[:-1], -1))
 
 
 def _code_planes(bits: int) -> tuple[tuple[Width, int], ...]:

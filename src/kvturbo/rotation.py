@@ -92,12 +92,13 @@ def hadamard_matrix(n: int) -> Tensor:
 def _hadamard(x: Tensor, transpose: bool) -> Tensor:
     n = x.shape[-1]
     m, s = factor(n)
-    y = x.reshape(-1, m, s)
+    y = x.reshape(-1, n).T.contiguous()  # channels first, so that every butterfly adds whole rows
     h = 1
     while h < s:  # butterflies of order 1, 2, 4, ...: every backend adds in this order
-        pair = y.view(-1, m, s // (2 * h), 2, h)
-        y = torch.stack((pair[..., 0, :] + pair[..., 1, :], pair[..., 0, :] - pair[..., 1, :]), -2).view(-1, m, s)
+        pair = y.view(n // (2 * h), 2, h, -1)
+        y = torch.stack((pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]), 1).view(n, -1)
         h *= 2
+    y = y.T.contiguous().view(-1, m, s)
     if m > 1:
         y = torch.matmul(_paley_tensor(m, transpose, str(x.device)), y)
     return (y * n**-0.5).view(x.shape)
