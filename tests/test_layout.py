@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import page_fields, page_spec
-from golden.make import cases, key
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golden import page_fields, page_spec
+from golden.make import cases, key
 from kvturbo import KVFormat, Packed, PageLayout, format_names, quantize
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES
 from kvturbo.layout import word_order

@@ -20,7 +20,12 @@ LEVELS = {
 }
 OUTLIER_CHANNELS = [3, 5, 8, 13, 21, 34, 55, 60, 2, 61, 33, 47, 11, 12, 48, 63]
 CASES = [
-    *((name, d, side, 0) for name in ("k4v4", "k3v3", "k2v2") for d in (64, 80, 96, 112, 128, 192, 256) for side in "kv"),
+    *(
+        (name, d, side, 0)
+        for name in ("k4v4", "k3v3", "k2v2")
+        for d in (64, 80, 96, 112, 128, 192, 256)
+        for side in "kv"
+    ),
     ("k4v4", 128, "k", 7),
     ("k8v4", 80, "k", 0),
     ("lite4", 64, "k", 0),
