@@ -296,7 +296,7 @@ def _join(pieces: list[Packed], shape: torch.Size) -> Packed:
         if tensors[0] is None:
             return None
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return whole.reshape(*shape, *whole.shape[1:])
+        return whole.reshape((*shape, *whole.shape[1:]))
 
     codes, scales = joined("codes"), joined("scales")
     assert codes is not None
