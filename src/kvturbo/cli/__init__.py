@@ -1,0 +1,1 @@
+"""The `kvturbo` command: one file per subcommand."""

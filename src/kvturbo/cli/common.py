@@ -1,0 +1,60 @@
+"""Options and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvturbo.cli.errors import CommandFailed, UsageError, bad_input
+from kvturbo.cli.output import progress
+
+if TYPE_CHECKING:
+    from kvturbo.eval.model import LoadedModel
+    from kvturbo.eval.runner import Evaluation
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a folder or a hub id (default: the embedded model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16 or auto: float32 on a CPU, else the model's own"
+    )
+
+
+def add_window_options(parser: argparse.ArgumentParser) -> None:
+    note = "(default: the format's; counted in the bytes)"
+    parser.add_argument("--recent", type=int, metavar="N", help=f"newest tokens kept in 16 bits {note}")
+    parser.add_argument("--sink", type=int, metavar="N", help=f"first tokens kept in 16 bits {note}")
+
+
+def load(arguments: argparse.Namespace, text: Path | None = None) -> LoadedModel:
+    """The model that the options name."""
+    from kvturbo.eval.model import load_model
+
+    with bad_input():
+        return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, text=text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read {path}: {error}") from error
+
+
+def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Runs an evaluation under a progress bar."""
+    from kvturbo.eval.caches import PackedReadsError
+
+    with progress(evaluation.prompts(), "evaluating", "prompt") as bar:
+
+        def advance(task: str) -> None:
+            bar.set_postfix_str(task)
+            bar.update()
+
+        try:
+            return evaluation.run(advance)
+        except PackedReadsError as error:
+            raise CommandFailed(str(error)) from error

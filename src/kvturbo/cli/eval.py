@@ -1,0 +1,130 @@
+"""Measure a model with several caches: divergence, perplexity, retrieval.
+
+Results go to a JSON file that is rewritten after every prompt. Run the same command again to continue an interrupted run,
+or with more formats or tasks to add to it. An option of a task is set with --set TASK.OPTION=VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvturbo.cli import common
+from kvturbo.cli.errors import bad_input
+from kvturbo.cli.output import print_json
+from kvturbo.eval.report import table
+
+FORMATS = ("16bit", "k4v4", "k4v2", "k2v2")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    common.add_model_options(parser)
+    parser.add_argument(
+        "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help=f"default: {' '.join(FORMATS)}"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all; --list shows them")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="may be given several times"
+    )
+    parser.add_argument("--list", action="store_true", help="list tasks with their options and defaults, and stop")
+    parser.add_argument("--text", type=Path, metavar="PATH", help="the text to score (default: the held-out text)")
+    parser.add_argument("--out", type=Path, default=Path("kvturbo-eval.json"), help="default: kvturbo-eval.json")
+    common.add_window_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        return _list(arguments.json)
+    with bad_input():
+        tasks = build_tasks(arguments.tasks, arguments.set)
+    from kvturbo.eval.caches import CacheSpec, check_name
+    from kvturbo.eval.runner import Evaluation
+
+    with bad_input():
+        names = dict.fromkeys(check_name(name) for name in arguments.formats)
+    if arguments.text is not None:
+        common.read_text(arguments.text)
+    loaded = common.load(arguments, arguments.text)
+    specs = [CacheSpec(name, arguments.recent, arguments.sink) for name in names]
+    with bad_input():
+        for spec in specs:
+            spec.new(loaded.model.config)
+        evaluation = Evaluation(loaded, tasks, specs, arguments.out)
+    results = common.run_evaluation(evaluation)
+    if arguments.json:
+        print_json(results)
+    else:
+        print(_text(results))
+        print(f"\nresults in {arguments.out}")
+    return 0
+
+
+def build_tasks(names: list[str] | None, settings: list[str]) -> dict[str, Any]:
+    """Tasks by name with their options set.
+
+    Raises:
+        ValueError: a task or an option is unknown, or a value does not fit; the message lists the choices.
+    """
+    from kvturbo.eval.registry import TASKS
+
+    chosen = names or TASKS.names()
+    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for setting in settings:
+        task, option, value = _parse(setting)
+        if task not in options:
+            raise ValueError(f"--set {setting}: task must be one of {', '.join(options)}")
+        options[task][option] = _convert(TASKS.get(task), option, value, setting)
+    return {name: TASKS.get(name)(**options[name]) for name in chosen}
+
+
+def _parse(setting: str) -> tuple[str, str, str]:
+    target, equals, value = setting.partition("=")
+    task, dot, option = target.partition(".")
+    if not (equals and dot and task and option):
+        raise ValueError(f"--set must be TASK.OPTION=VALUE, got {setting!r}")
+    return task, option, value
+
+
+def _convert(task: Any, option: str, value: str, setting: str) -> Any:
+    defaults = _defaults(task)
+    if option not in defaults:
+        raise ValueError(f"--set {setting}: option must be one of {', '.join(defaults)}")
+    kind: Callable[[str], Any] = type(defaults[option])
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"--set {setting}: {option} must be like {defaults[option]!r}, got {value!r}") from None
+
+
+def _defaults(task: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(task)}
+
+
+def _list(as_json: bool) -> int:
+    from kvturbo.eval.registry import TASKS
+
+    defaults = {name: _defaults(TASKS.get(name)) for name in TASKS.names()}
+    if as_json:
+        print_json(defaults)
+        return 0
+    for name, options in defaults.items():
+        print(f"{name}: {(TASKS.get(name).__doc__ or '').strip().splitlines()[0]}")
+        print("".join(f"  --set {name}.{option}={value}\n" for option, value in options.items()))
+    return 0
+
+
+def _text(results: dict[str, Any]) -> str:
+    blocks = []
+    for name, task in results["tasks"].items():
+        columns = [key for key in next(iter(task["caches"].values())) if key != "prompts"]
+        rows = [(cache, *(_cell(figures[key]) for key in columns)) for cache, figures in task["caches"].items()]
+        blocks.append(f"{name} {json.dumps(task['options'])}\n" + table(["cache", *columns], rows))
+    return "\n\n".join(blocks)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Caches to compare with, one file each; `kvturbo.eval.registry.BASELINES` finds them here."""

@@ -1,0 +1,118 @@
+"""Registries of tasks, metrics and baselines: a new one is one file with a decorator on it.
+
+A *task* measures a model with several caches, prompt by prompt. A *metric* compares two caches' logits token by token. A
+*baseline* makes a cache that is not in one of kvturbo's formats, such as the 16-bit one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvturbo.eval.caches import CacheSpec
+    from kvturbo.eval.model import LoadedModel
+
+T = TypeVar("T")
+E = TypeVar("E")
+Record = dict[str, Any]
+"""What one prompt gave with one cache; anything JSON can hold."""
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name, in the order in which they were registered.
+
+    Args:
+        kind: what they are called in error messages.
+        package: a package whose modules register them; imported when they are first asked for.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind, self.package = kind, package
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[E], E]:
+        """A decorator that registers what it decorates.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def enter(entry: E) -> E:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = cast(T, entry)
+            return entry
+
+        return enter
+
+    def get(self, name: str) -> T:
+        """The entry called `name`.
+
+        Raises:
+            ValueError: there is none; the message lists the names.
+        """
+        if name not in self.names():
+            raise ValueError(f"unknown {self.kind} {name!r}; valid: {', '.join(self.names())}")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return list(self._entries)
+
+
+class Task(Protocol):
+    """A measurement. Implementations are dataclasses whose fields are the task's options, with defaults."""
+
+    def count(self) -> int:
+        """Number of prompts."""
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Raises ValueError or FileNotFoundError unless the task can be run with this model and its text."""
+
+    def measure(self, loaded: LoadedModel, index: int, specs: list[CacheSpec]) -> dict[str, Record]:
+        """Runs prompt `index`: one raw prefill, packed once per cache. Records by cache name."""
+
+    def summarise(self, records: list[Record]) -> dict[str, Any]:
+        """The figures of one cache from the records of all prompts."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number per scored token, and its summary.
+
+    Attributes:
+        per_token: (reference logits [n, V], logits [n, V], next tokens [n] int64) -> [n] float.
+        summarise: [all scored tokens] float64 -> named figures.
+    """
+
+    per_token: Callable[[Tensor, Tensor, Tensor], Tensor]
+    summarise: Callable[[Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Makes transformers caches that are not kvturbo's.
+
+    A cache has `nbytes()`, `sixteen_bit_nbytes()` and `packed_tokens_read` (0 where nothing is packed) as a TurboCache has.
+
+    Attributes:
+        new: (model configuration) -> an empty cache.
+        from_raw: (raw cache of a prefill) -> a cache with its contents; the raw one is not changed.
+    """
+
+    new: Callable[[Any], Any]
+    from_raw: Callable[[Any], Any]
+
+
+TASKS: Registry[Callable[..., Task]] = Registry("task", "kvturbo.eval.tasks")
+METRICS: Registry[Metric] = Registry("metric", "kvturbo.eval.metrics")
+BASELINES: Registry[Baseline] = Registry("baseline", "kvturbo.eval.baselines")

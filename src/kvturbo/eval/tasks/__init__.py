@@ -1,0 +1,1 @@
+"""Tasks, one file each; `kvturbo.eval.registry.TASKS` finds them here."""
