@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SCORES_AT_ONCE = 1 << 25
+_SCORES_AT_ONCE = 1 << 20
 
 
 def attend(
@@ -18,7 +18,7 @@ def attend(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in fp32 (fp64 if q is fp64). A NaN reaches exactly the rows that see it.
+    """Softmax attention in fp32 (fp64 if q is fp64). A NaN or an infinity makes exactly the rows that see it NaN.
 
     Args:
         q: [n, num_q_heads, d].
@@ -48,9 +48,11 @@ def _attend_rows(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     n, heads, _ = q.shape
     group = heads // k.shape[1]
-    grouped = q.to(dtype).unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, group * n, d]
+    grouped = (q.to(dtype) * scale).unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [Hkv, group * n, d]
     keys, values = k.to(dtype).transpose(0, 1), v.to(dtype).transpose(0, 1)  # [Hkv, m, d]
-    scores = (grouped @ keys.transpose(1, 2)).unflatten(1, (group, n)).flatten(0, 1) * scale  # [Hq, n, m]
+    scores = (grouped @ keys.transpose(1, 2)).unflatten(1, (group, n)).flatten(0, 1)  # [Hq, n, m]
+    if not _all_finite(scores):  # an infinity would vanish in the soft cap or as a weight of 0
+        scores = torch.where(scores.isfinite(), scores, torch.nan)
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = torch.where(mask, scores, -torch.inf)
@@ -62,15 +64,27 @@ def _attend_rows(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks.to(dtype)[:, None, None] - shift)
-    bad = values.isnan().any(-1)  # [Hkv, m]; selected away, since 0 * NaN is NaN
-    clean = torch.where(bad.unsqueeze(-1), 0.0, values)
-    out = weights.unflatten(0, (-1, group)).flatten(1, 2) @ clean
-    out = out.unflatten(1, (group, n)).flatten(0, 1) / torch.where(total == 0, 1.0, total)
-    if bad.any():
-        sees_bad = (mask & bad.unsqueeze(1)).any(-1).repeat_interleave(group, 0)  # [Hq, n]
-        out = torch.where(sees_bad.unsqueeze(-1), torch.nan, out)
+    out = _weighted_sum(weights, values, mask) / torch.where(total == 0, 1.0, total)
     lse = (shift + total.log()).squeeze(-1)
     return out.transpose(0, 1), lse.T
+
+
+def _weighted_sum(weights: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Weights [Hq, n, m] times values [Hkv, m, d]: [Hq, n, d], NaN in the rows whose mask has a value that isn't finite."""
+    n, group = mask.shape[0], weights.shape[0] // values.shape[0]
+    grouped = weights.unflatten(0, (-1, group)).flatten(1, 2)
+    out = grouped @ values
+    if _all_finite(out):
+        return out.unflatten(1, (group, n)).flatten(0, 1)
+    bad = ~values.isfinite().all(-1)  # [Hkv, m]; selected away, since 0 * NaN is NaN
+    out = grouped @ torch.where(bad.unsqueeze(-1), 0.0, values)
+    sees_bad = (mask & bad.unsqueeze(1)).any(-1).repeat_interleave(group, 0)  # [Hq, n]
+    return torch.where(sees_bad.unsqueeze(-1), torch.nan, out.unflatten(1, (group, n)).flatten(0, 1))
+
+
+def _all_finite(x: Tensor) -> bool:
+    """False if anything in x isn't finite; false too if the sum overflows, which costs the caller time only."""
+    return bool(x.sum().isfinite())
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -90,7 +104,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     weights = torch.exp(lses - shift)  # [parts, n, heads]
     total = weights.sum(0)
     stacked = torch.stack([out.to(lses.dtype) for out, _ in parts])
-    out = (torch.where(weights.unsqueeze(-1) == 0, 0.0, stacked) * weights.unsqueeze(-1)).sum(0)
+    seen = (lses != -torch.inf).unsqueeze(-1)  # by lse: a NaN must not vanish because its weight underflows to 0
+    out = (torch.where(seen, stacked, 0.0) * weights.unsqueeze(-1)).sum(0)
     unseen = total == 0
     return out / torch.where(unseen, 1.0, total).unsqueeze(-1), torch.where(unseen, -torch.inf, shift + total.log())
 

@@ -64,10 +64,16 @@ def prefix_attention(
         checks.check_vectors(name, x, fmt, pages)
     checks.check_heads(q, pages)
     checks.check_tables(block_table, prefix_lens, "prefix_lens", pages, page_size)
-    checks.check_ints("q_lens", q_lens, (prefix_lens.shape[0],), torch.int32, pages)
+    checks.check_starts(seq_starts, prefix_lens.shape[0], pages)
+    checks.check_scores(window, soft_cap, sinks, q)
+    checks.check_outliers(outlier_channels, fmt, pages)
+    checks.check_tensor("q_lens", q_lens, (prefix_lens.shape[0],), torch.int32, pages)
     counts, prefixes = q_lens.tolist(), prefix_lens.tolist()
-    if min(counts, default=0) < 0 or sum(counts) != q.shape[0] or k.shape[0] != q.shape[0] or v.shape != k.shape:
-        raise ValueError(f"q_lens {counts} must sum to the rows of q, k and v, got {len(q)}, {len(k)} and {len(v)}")
+    if min(counts, default=0) < 0 or sum(counts) != q.shape[0]:
+        raise ValueError(f"q_lens must not be negative and sum to the {len(q)} rows of q, got {counts}")
+    wanted = [q.shape[0], pages.shape[1], fmt.head_dim]
+    if list(k.shape) != wanted or list(v.shape) != wanted:
+        raise ValueError(f"k and v must both be {wanted}, got {list(k.shape)} and {list(v.shape)}")
     starts = [0] * len(counts) if seq_starts is None else seq_starts.tolist()
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -130,16 +136,9 @@ def _over_prefix(
     for start in range(view.first_seen, view.prefix, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, view.prefix)
         k, v = gather(
-            pages,
-            table,
-            start,
-            stop,
-            fmt=fmt,
-            rotated=rotated,
-            outlier_channels=outlier_channels,
-            dtype=q.dtype,
-            backend=backend,
-        )
+            pages, table, start, stop,
+            fmt=fmt, rotated=rotated, outlier_channels=outlier_channels, dtype=q.dtype, backend=backend,
+        )  # fmt: skip
         parts.append(view.attend(query, k[0], v[0], start, stop))
     if not parts:
         return []

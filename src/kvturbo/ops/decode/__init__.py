@@ -41,13 +41,13 @@ def decode(
         fmt: the format.
         scale: factor on the scores, usually d ** -0.5.
         q_lens: [B] int32, 0 to 8 queries per sequence (default 1 each, T = B).
-        seq_starts: [B] int32, positions below it are padding (default 0).
+        seq_starts: [B] int32, positions below it are padding (default 0); it may lie beyond the sequence's end.
         window: a query at p sees positions above p - window only.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: [num_q_heads] fp32, a logit per head in the softmax without a value.
         outlier_channels: [num_kv_heads, fmt.channel_count] int64, as given to store.
         schedule: a plan of splits made once for all layers of a step (GPU backends; default: made here).
-        out: [T, num_q_heads, d] to write into.
+        out: [T, num_q_heads, d] to write into, of any floating dtype; it must not share memory with q.
         backend: "auto" or one of `kvturbo.ops.backends.BACKENDS`.
 
     Returns:
@@ -63,13 +63,9 @@ def decode(
     checks.check_heads(q, pages)
     checks.check_tables(block_table, seq_lens, "seq_lens", pages, page_size)
     checks.check_outliers(outlier_channels, fmt, pages)
-    _check_queries(q, seq_lens, q_lens, seq_starts, pages)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if sinks is not None:
-        checks.check_ints("sinks", sinks, (q.shape[1],), torch.float32, pages)
+    checks.check_starts(seq_starts, seq_lens.shape[0], pages)
+    checks.check_scores(window, soft_cap, sinks, q)
+    _check_queries(q, seq_lens, q_lens, pages)
     if out is None:
         out = torch.empty_like(q)
     elif out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device:
@@ -90,18 +86,13 @@ def decode(
     return out, lse
 
 
-def _check_queries(
-    q: Tensor, seq_lens: Tensor, q_lens: Tensor | None, seq_starts: Tensor | None, pages: Tensor
-) -> None:
+def _check_queries(q: Tensor, seq_lens: Tensor, q_lens: Tensor | None, pages: Tensor) -> None:
     batch = seq_lens.shape[0]
-    if seq_starts is not None:
-        checks.check_ints("seq_starts", seq_starts, (batch,), torch.int32, pages)
-        checks.check_range("seq_starts", seq_starts, 0, 2**31 - 1)
     if q_lens is None:
         if q.shape[0] != batch:
             raise ValueError(f"q must have one row per sequence ({batch}) without q_lens, got {q.shape[0]}")
         return
-    checks.check_ints("q_lens", q_lens, (batch,), torch.int32, pages)
+    checks.check_tensor("q_lens", q_lens, (batch,), torch.int32, pages)
     checks.check_range("q_lens", q_lens, 0, checks.MAX_Q_LEN)
     if q_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -50,7 +50,7 @@ def decode(
         if not count or not length:
             continue
         first = length - count
-        begin = max(seq_start, 0 if window is None else first - window + 1, 0)
+        begin = min(length, max(seq_start, 0 if window is None else first - window + 1))
         k, v = _read(layout, pages, block_table[b], begin, length, rotated, outlier_channels)
         query = _turn(q[rows], fmt.seed, rotate) if turn else q[rows]
         mask = causal_mask(count, begin, length, first, window=window, seq_start=seq_start, device=q.device)

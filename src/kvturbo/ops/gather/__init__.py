@@ -44,7 +44,7 @@ def gather(
             no rotated form, or the backend is not available.
     """
     page_size = checks.check_pages(pages, fmt)
-    checks.check_ints("block_table", block_table, (None, None), torch.int32, pages)
+    checks.check_tensor("block_table", block_table, (None, None), torch.int32, pages)
     if not 0 <= start <= stop <= block_table.shape[1] * page_size:
         limit = block_table.shape[1] * page_size
         raise ValueError(f"range must satisfy 0 <= start <= stop <= {limit}, got start {start}, stop {stop}")

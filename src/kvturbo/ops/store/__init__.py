@@ -38,7 +38,7 @@ def store(
         checks.check_vectors(name, x, fmt, pages)
     if k.shape != v.shape or k.shape[1] != pages.shape[1]:
         raise ValueError(f"k and v must both be [T, {pages.shape[1]}, d], got {list(k.shape)} and {list(v.shape)}")
-    checks.check_ints("slot_mapping", slot_mapping, (k.shape[0],), torch.int64, pages)
+    checks.check_tensor("slot_mapping", slot_mapping, (k.shape[0],), torch.int64, pages)
     checks.check_range("slot_mapping", slot_mapping, -1, pages.shape[0] * page_size - 1)
     checks.check_outliers(outlier_channels, fmt, pages)
     name = backends.choose(backend, "store", pages.device, fmt)
