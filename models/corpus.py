@@ -76,7 +76,7 @@ SKIPPED_PARTS = {
 }  # fmt: skip
 SKIPPED_NAMES = re.compile(r"licen[cs]e|copying|notice|authors", re.IGNORECASE)
 FILE_BYTES = range(500, 150_001)
-DISTRIBUTION_BYTES = 5_000_000
+DISTRIBUTION_BYTES = 40_000_000
 
 # Plain PSF modules with much prose in them: the committed sample of held-out text.
 SAMPLE_MODULES = (

@@ -5,6 +5,7 @@ Everything is made on the machine it runs on: text from the Python installation,
 
     PYTHONPATH=src python models/train.py --minutes 8                    # one GPU, all included
     PYTHONPATH=src python models/train.py --minutes 4 --resume           # continue from the last checkpoint
+    PYTHONPATH=src python models/train.py --minutes 3 --init models/kvturbo-12m --from-progress 0.6
     PYTHONPATH=src python models/train.py --smoke --steps 20             # tiny, on a CPU
 """
 
@@ -61,7 +62,7 @@ class Recipe:
 
 FULL = Recipe(
     (Stage(0.15, 512, 128), Stage(0.5, 2048, 32), Stage(1.0, 8192, 8)),
-    hidden=384, layers=6, heads=6, kv_heads=2, intermediate=960, corpus_bytes=55_000_000, learning_rate=2e-3,
+    hidden=384, layers=6, heads=6, kv_heads=2, intermediate=960, corpus_bytes=300_000_000, learning_rate=2e-3,
     probe=("multikey-1k", "multikey-4k", "multikey-8k", "hard-4k-4"),
 )  # fmt: skip
 SMOKE = Recipe(
@@ -154,7 +155,9 @@ class Trainer:
             setattr(self, name, value)
 
     def load_weights(self, folder: Path) -> None:
-        """Continues from an exported model, with a fresh optimiser."""
+        """Continues from an exported model and its counts, with a fresh optimiser."""
+        facts = json.loads((folder / "training.json").read_text())
+        self.step, self.tokens, self.seconds = facts["steps"], facts["tokens"], facts["training_seconds"]
         self.model.load_state_dict(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
     def autocast(self) -> torch.autocast:

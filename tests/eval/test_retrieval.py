@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvturbo.eval.retrieval import (
+    ALIASES,
     HARD_LEVELS,
     SETTINGS,
     RetrievalVocab,
@@ -128,6 +129,13 @@ def test_samples_depend_on_seed_and_index_but_not_on_count() -> None:
     np.testing.assert_array_equal(few[1].questions, many[1].questions)
     assert not np.array_equal(many[0].context, many[1].context)
     assert not np.array_equal(many[0].context, other.context)
+
+
+@pytest.mark.parametrize("alias,name", ALIASES.items())
+def test_an_alias_makes_the_samples_of_its_setting(alias: str, name: str) -> None:
+    assert get_setting(alias) is SETTINGS[name]
+    aliased, named = next(samples(alias, 1, TEXT, VOCAB)), next(samples(name, 1, TEXT, VOCAB))
+    np.testing.assert_array_equal(aliased.context, named.context)
 
 
 @pytest.mark.parametrize("setting", SMALL.values(), ids=SMALL.keys())
