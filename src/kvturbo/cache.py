@@ -12,6 +12,7 @@ from torch import Tensor
 from kvturbo import ops
 from kvturbo.config import KVFormat
 from kvturbo.layout import PageLayout
+from kvturbo.ops import backends
 from kvturbo.pool import PagePool
 from kvturbo.quantizer import check_channels
 from kvturbo.storage import read_file, write_file
@@ -34,7 +35,8 @@ class PagedKVCache:
         backend: of the operations, "auto" or one of `kvturbo.ops.backends.BACKENDS`.
 
     Raises:
-        ValueError: a size is not positive, the page size is not supported, or outlier channels are missing or wrong.
+        ValueError: a size is not positive, the page size is not supported, outlier channels are missing or wrong, or the
+            backend does not exist or can't run the format on the device.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class PagedKVCache:
         self.fmt, self.layout, self.backend = fmt, PageLayout.of(fmt, page_size), backend
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.device = torch.device(device)
+        for operation in backends.OPERATIONS:
+            backends.load(operation, backends.choose(backend, operation, self.device, fmt))
         self.outlier_channels = self._checked_channels(outlier_channels)
         self.pool = PagePool(num_pages, page_size)
         self.pages = [self._new_pages(num_pages) for _ in range(num_layers)]
@@ -137,10 +141,12 @@ class PagedKVCache:
         Raises:
             ValueError: num_pages is below the present number.
         """
-        self.pool.grow(num_pages)
+        self.pool.check_growth(num_pages)
         for layer, old in enumerate(self.pages):
-            self.pages[layer] = self._new_pages(num_pages)
-            self.pages[layer][: old.shape[0]] = old
+            new = self._new_pages(num_pages)
+            new[: old.shape[0]] = old
+            self.pages[layer] = new
+        self.pool.grow(num_pages)  # last: if memory runs out, no sequence gets a page that a layer lacks
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
         """Page ids of sequences in order: [len(sequences), most pages] int32, padded with 0."""
@@ -156,7 +162,7 @@ class PagedKVCache:
 
     def store(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Quantises and writes one layer's keys and values: k, v [T, num_kv_heads, d]; see `kvturbo.ops.store`."""
-        ops.store(k, v, self.pages[layer], slot_mapping, **self._options(layer))
+        ops.store(k, v, self._pages_of(layer), slot_mapping, **self._options(layer))
 
     def decode(
         self,
@@ -172,7 +178,7 @@ class PagedKVCache:
         counts = None if q_lens is None else torch.tensor(q_lens, dtype=torch.int32, device=self.device)
         table, lens = self.block_table(sequences), self.seq_lens(sequences)
         return ops.decode(
-            q, self.pages[layer], table, lens, scale=scale, q_lens=counts, **options, **self._options(layer)
+            q, self._pages_of(layer), table, lens, scale=scale, q_lens=counts, **options, **self._options(layer)
         )
 
     def prefix_attention(
@@ -195,7 +201,7 @@ class PagedKVCache:
         counts = torch.tensor(q_lens, dtype=torch.int32, device=self.device)
         prefix_lens = self.seq_lens(sequences) - counts
         return ops.prefix_attention(
-            q, k, v, self.pages[layer], self.block_table(sequences), prefix_lens,
+            q, k, v, self._pages_of(layer), self.block_table(sequences), prefix_lens,
             scale=scale, q_lens=counts, **options, **self._options(layer),
         )  # fmt: skip
 
@@ -210,7 +216,7 @@ class PagedKVCache:
                 f"range must satisfy 0 <= start <= stop <= {self.length(sequence)}, got start {start}, stop {stop}"
             )
         table = self.block_table([sequence])
-        k, v = ops.gather(self.pages[layer], table, start, stop, **options, **self._options(layer))
+        k, v = ops.gather(self._pages_of(layer), table, start, stop, **options, **self._options(layer))
         return k[0], v[0]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -265,8 +271,7 @@ class PagedKVCache:
         )
         for layer, pages in enumerate(cache.pages):
             pages[:stored] = tensors[f"pages.{layer}"].to(pages.device)
-        for sequence in header["sequences"]:
-            cache.pool.adopt(sequence["pages"], sequence["length"])
+        cache.pool.adopt([(sequence["pages"], sequence["length"]) for sequence in header["sequences"]])
         return cache
 
     def save(self, path: str | Path) -> None:
@@ -294,6 +299,11 @@ class PagedKVCache:
         """
         return cls.from_state(*read_file(Path(path)), num_pages=num_pages, device=device, backend=backend)
 
+    def _pages_of(self, layer: int) -> Tensor:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
+        return self.pages[layer]
+
     def _options(self, layer: int) -> dict[str, Any]:
         channels = None if self.outlier_channels is None else self.outlier_channels[layer]
         return {"fmt": self.fmt, "outlier_channels": channels, "backend": self.backend}
@@ -314,4 +324,4 @@ class PagedKVCache:
         if tuple(channels.shape) != wanted:
             raise ValueError(f"outlier_channels must be int64 {list(wanted)}, got {list(channels.shape)}")
         check_channels(channels, self.fmt)
-        return channels.to(self.device)
+        return channels.to(self.device, copy=True, memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -73,7 +74,9 @@ class PagePool:
             )
         if min(counts, default=0) < 0:
             raise ValueError(f"counts must not be negative, got {list(counts)}")
-        needed = sum(self._pages_needed(sequence, count) for sequence, count in zip(sequences, counts, strict=True))
+        for sequence in sequences:
+            self.table(sequence)
+        needed = self._pages_needed([pair for pair in zip(sequences, counts, strict=True) if pair[1]])
         if needed > self.num_free:
             raise OutOfPagesError(needed, self.num_free, self.num_pages)
         slots: list[int] = []
@@ -108,37 +111,52 @@ class PagePool:
 
     def grow(self, num_pages: int) -> None:
         """Adds free pages up to num_pages."""
-        if num_pages < self.num_pages:
-            raise ValueError(f"num_pages must be at least the present {self.num_pages}, got {num_pages}")
+        self.check_growth(num_pages)
         self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)
         self._users += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
 
-    def adopt(self, table: Sequence[int], length: int) -> int:
-        """A new sequence over given pages (of a loaded file), shared where a page is given twice.
+    def check_growth(self, num_pages: int) -> None:
+        """Raises ValueError if num_pages is below the present number."""
+        if num_pages < self.num_pages:
+            raise ValueError(f"num_pages must be at least the present {self.num_pages}, got {num_pages}")
+
+    def adopt(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[int]:
+        """New sequences over given pages (of a loaded file), shared where a page is given twice.
+
+        Args:
+            sequences: a table and a length each.
+
+        Returns:
+            Their ids.
 
         Raises:
-            ValueError: a page id is out of range, or the pages don't fit the length.
+            ValueError: a page id is out of range, or the pages don't fit the length; nothing has changed.
         """
-        if len(table) != -(-length // self.page_size) or not all(0 <= page < self.num_pages for page in table):
-            raise ValueError(f"{len(table)} pages {list(table)[:8]} of {self.num_pages} do not hold {length} tokens")
-        sequence = self.new_sequence()
-        self.tables[sequence], self._lengths[sequence] = list(table), length
-        for page in table:
-            if not self._users[page]:
-                self._free.remove(page)
-            self._users[page] += 1
-        return sequence
+        for table, length in sequences:
+            if len(table) != -(-length // self.page_size) or not all(0 <= page < self.num_pages for page in table):
+                raise ValueError(
+                    f"{len(table)} pages {list(table)[:8]} of {self.num_pages} do not hold {length} tokens"
+                )
+        ids = []
+        for table, length in sequences:
+            ids.append(self.new_sequence())
+            self.tables[ids[-1]], self._lengths[ids[-1]] = list(table), length
+            for page in table:
+                self._users[page] += 1
+        self._free = [page for page in self._free if not self._users[page]]
+        return ids
 
     def _shares_last_page(self, sequence: int) -> bool:
         """Whether the next token would land in a page that another sequence uses too."""
         partly = self._lengths[sequence] % self.page_size != 0
         return partly and self._users[self.tables[sequence][-1]] > 1
 
-    def _pages_needed(self, sequence: int, count: int) -> int:
-        table = self.table(sequence)
-        grown = -(-(self._lengths[sequence] + count) // self.page_size) - len(table)
-        return grown + (count > 0 and self._shares_last_page(sequence))
+    def _pages_needed(self, appends: Sequence[tuple[int, int]]) -> int:
+        """Pages that an append of (sequence, positive count) pairs takes. The last user of a shared page needs no copy."""
+        grown = sum(-(-(self.length(s) + count) // self.page_size) - len(self.table(s)) for s, count in appends)
+        shared = Counter(self.tables[s][-1] for s, _ in appends if self._shares_last_page(s))
+        return grown + sum(min(writers, self._users[page] - 1) for page, writers in shared.items())
 
     def _extend(self, sequence: int, count: int, copies: list[tuple[int, int]]) -> list[int]:
         table, length = self.tables[sequence], self._lengths[sequence]

@@ -1,4 +1,4 @@
-"""Decode in pure torch: one sequence at a time, attention in rotated space."""
+"""Decode in pure torch: one sequence at a time, each side in rotated space where it has one."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def decode(
     lengths = seq_lens.tolist()
     counts = [1] * len(lengths) if q_lens is None else q_lens.tolist()
     starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
-    rotated = has_rotated_form(fmt.k) and has_rotated_form(fmt.v)
-    turn = rotated and fmt.k.rotate
+    k_rotated, v_rotated = (form.rotate and has_rotated_form(form) for form in (fmt.k, fmt.v))
     row = 0
     for b, (length, count, seq_start) in enumerate(zip(lengths, counts, starts, strict=True)):
         rows = slice(row, row + count)
@@ -51,11 +50,11 @@ def decode(
             continue
         first = length - count
         begin = min(length, max(seq_start, 0 if window is None else first - window + 1))
-        k, v = _read(layout, pages, block_table[b], begin, length, rotated, outlier_channels)
-        query = _turn(q[rows], fmt.seed, rotate) if turn else q[rows]
+        k, v = _read(layout, pages, block_table[b], begin, length, (k_rotated, v_rotated), outlier_channels)
+        query = _turn(q[rows], fmt.seed, rotate) if k_rotated else q[rows]
         mask = causal_mask(count, begin, length, first, window=window, seq_start=seq_start, device=q.device)
         result, lse[rows] = attend(query, k, v, scale=scale, mask=mask, soft_cap=soft_cap, sinks=sinks)
-        out[rows] = (_turn(result, fmt.seed, unrotate) if turn else result).to(out.dtype)
+        out[rows] = (_turn(result, fmt.seed, unrotate) if v_rotated else result).to(out.dtype)
     return lse
 
 
@@ -69,7 +68,7 @@ def _read(
     table: Tensor,
     begin: int,
     length: int,
-    rotated: bool,
+    rotated: tuple[bool, bool],
     outlier_channels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values at positions begin..length-1: two [length - begin, heads, d] fp32."""
@@ -78,7 +77,7 @@ def _read(
     channels = None if outlier_channels is None else outlier_channels[:, None, None, :]
     offset = first * layout.page_size
     sides = []
-    for side in SIDES:
-        x = dequantize(layout.read(block, side), layout.fmt, side, channels, rotated=rotated)
+    for side, turned in zip(SIDES, rotated, strict=True):
+        x = dequantize(layout.read(block, side), layout.fmt, side, channels, rotated=turned)
         sides.append(x.flatten(1, 2)[:, begin - offset : length - offset].transpose(0, 1))
     return sides[0], sides[1]
