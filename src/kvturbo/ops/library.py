@@ -20,9 +20,10 @@ def store(
     outlier_channels: Tensor | None,
     backend: str,
 ) -> None:
-    """`kvturbo.ops.store` with a chosen backend; the format goes by name."""
+    """`kvturbo.ops.store`, the format by name. The backend is chosen when it runs, not when it is traced."""
     fmt = KVFormat.from_name(format_name, k.shape[-1], seed=seed)
-    backends.load("store", backend)(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+    run = backends.load("store", backends.choose(backend, "store", pages.device, fmt))
+    run(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
 
 
 @store.register_fake
@@ -53,9 +54,9 @@ def gather(
     outlier_channels: Tensor | None,
     backend: str,
 ) -> None:
-    """`kvturbo.ops.gather` with a chosen backend; the format goes by name."""
+    """`kvturbo.ops.gather`, the format by name. The backend is chosen when it runs, not when it is traced."""
     fmt = KVFormat.from_name(format_name, k_out.shape[-1], seed=seed)
-    run = backends.load("gather", backend)
+    run = backends.load("gather", backends.choose(backend, "gather", pages.device, fmt))
     run(pages, block_table, start, stop, (k_out, v_out), fmt=fmt, rotated=rotated, outlier_channels=outlier_channels)
 
 
@@ -94,9 +95,10 @@ def decode(
     outlier_channels: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """`kvturbo.ops.decode` with a chosen backend; the format goes by name. Returns lse."""
+    """`kvturbo.ops.decode`, the format by name. The backend is chosen when it runs, not when it is traced. Returns lse."""
     fmt = KVFormat.from_name(format_name, q.shape[-1], seed=seed)
-    lse: Tensor = backends.load("decode", backend)(
+    run = backends.load("decode", backends.choose(backend, "decode", pages.device, fmt))
+    lse: Tensor = run(
         q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
         soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels,
     )  # fmt: skip

@@ -70,16 +70,16 @@ def decode(
         out = torch.empty_like(q)
     elif out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device:
         raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
-    name = backends.choose(backend, "decode", pages.device, fmt)
     if torch.compiler.is_compiling():
         if schedule is not None:
             raise ValueError("schedule can't be passed inside torch.compile; leave it out")
         lse = torch.ops.kvturbo.decode(
             q, pages, block_table, seq_lens, out, fmt.name, fmt.seed, scale,
-            q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, name,
+            q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, backend,
         )  # fmt: skip
         return out, lse
-    lse = backends.load("decode", name)(
+    run = backends.load("decode", backends.choose(backend, "decode", pages.device, fmt))
+    lse = run(
         q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
         soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels, schedule=schedule,
     )  # fmt: skip

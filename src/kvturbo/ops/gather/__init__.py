@@ -63,12 +63,11 @@ def gather(
             raise ValueError(
                 f"{name} must be floating point {list(shape)} on {pages.device}, got {x.dtype} {list(x.shape)}"
             )
-    name = backends.choose(backend, "gather", pages.device, fmt)
     if torch.compiler.is_compiling():
         torch.ops.kvturbo.gather(
-            pages, block_table, start, stop, out[0], out[1], fmt.name, fmt.seed, rotated, outlier_channels, name
+            pages, block_table, start, stop, out[0], out[1], fmt.name, fmt.seed, rotated, outlier_channels, backend
         )
         return out
-    run = backends.load("gather", name)
+    run = backends.load("gather", backends.choose(backend, "gather", pages.device, fmt))
     run(pages, block_table, start, stop, out, fmt=fmt, rotated=rotated, outlier_channels=outlier_channels)
     return out

@@ -41,8 +41,8 @@ def store(
     checks.check_tensor("slot_mapping", slot_mapping, (k.shape[0],), torch.int64, pages)
     checks.check_range("slot_mapping", slot_mapping, -1, pages.shape[0] * page_size - 1)
     checks.check_outliers(outlier_channels, fmt, pages)
-    name = backends.choose(backend, "store", pages.device, fmt)
     if torch.compiler.is_compiling():
-        torch.ops.kvturbo.store(k, v, pages, slot_mapping, fmt.name, fmt.seed, outlier_channels, name)
+        torch.ops.kvturbo.store(k, v, pages, slot_mapping, fmt.name, fmt.seed, outlier_channels, backend)
         return
+    name = backends.choose(backend, "store", pages.device, fmt)
     backends.load("store", name)(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
