@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from kvturbo.hf.geometry import (
+    SIXTEEN_BIT,
     Formats,
     PackedSpec,
     choose_formats,
@@ -21,7 +23,9 @@ from kvturbo.hf.geometry import (
 )
 from kvturbo.hf.group import Group
 from kvturbo.hf.layer import PackedLayer
+from kvturbo.hf.state import KIND, restore, saved_channels, shapes_of, to_state
 from kvturbo.hf.store import PackedStore
+from kvturbo.storage import read_file, write_file
 
 
 class TurboCache(Cache):
@@ -64,6 +68,7 @@ class TurboCache(Cache):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
+        self.options = {"recent": recent, "sink": sink, "page_size": page_size, "max_tokens": max_tokens, "seed": seed}
         layers = stock_layers(config)
         self.shapes = full_attention_shapes(config, layers)
         self.formats = choose_formats(format, self.shapes, len(layers), seed)
@@ -128,6 +133,45 @@ class TurboCache(Cache):
             target.begin(source.keys, mask)
             target.finish(source.keys, source.values)
         return packed
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything that the cache holds to a safetensors file, whole or not at all.
+
+        Args:
+            path: the file, replaced if it exists.
+        """
+        write_file(Path(path), *to_state(self))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: Any, *, device: torch.device | str = "cpu", backend: str = "auto"
+    ) -> TurboCache:
+        """Reads a file that `save` wrote. Format, windows and sizes are the saved cache's.
+
+        Args:
+            path: the file.
+            config: the configuration of the model that the cache is for.
+            device: where the cache goes.
+            backend: as for the constructor.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, altered, of another version, not a saved TurboCache, or for a model with
+                other layers.
+        """
+        tensors, header = read_file(Path(path))
+        if header.get("kind") != KIND:
+            raise ValueError(f"{path} is not a saved TurboCache")
+        layers = full_attention_shapes(config, stock_layers(config))
+        formats = {i: header["formats"].get(str(i), SIXTEEN_BIT) for i in layers}
+        channels = saved_channels(tensors, header)
+        cache = cls(config, formats, outlier_channels=channels, backend=backend, **header["options"])
+        if shapes_of(cache) != header["shapes"]:
+            raise ValueError(
+                f"{path} is for a model with layers {header['shapes']}, the configuration has {shapes_of(cache)}"
+            )
+        restore(cache, tensors, header, torch.device(device))
+        return cache
 
     @property
     def packed_tokens(self) -> int:

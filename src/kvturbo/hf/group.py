@@ -102,12 +102,11 @@ class Group:
 
     def start(self, batch: int, device: torch.device) -> None:
         """Makes the pages and one empty sequence per row."""
-        pages = 1 if self.max_tokens is None else batch * -(-self.max_tokens // self.page_size)
         self.paged = PagedKVCache(
             self.spec.fmt,
             num_layers=len(self.layers),
             num_kv_heads=self.spec.num_kv_heads,
-            num_pages=pages,
+            num_pages=self.pages_for(batch),
             page_size=self.page_size,
             device=device,
             outlier_channels=self.outlier_channels,
@@ -115,6 +114,10 @@ class Group:
         )
         self.sequences = [self.paged.new_sequence() for _ in range(batch)]
         self.fill = Fill.empty(batch)
+
+    def pages_for(self, batch: int) -> int:
+        """Pages that are made at the start."""
+        return 1 if self.max_tokens is None else batch * -(-self.max_tokens // self.page_size)
 
     def lengths(self) -> list[int]:
         """Packed tokens of every row."""

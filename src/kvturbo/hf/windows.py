@@ -77,6 +77,13 @@ class WindowTensors:
         self.sink = like.new_zeros(2, batch, sink, heads, d)
         self.recent = like.new_zeros(2, batch, recent, heads, d)
 
+    @classmethod
+    def of(cls, sink: Tensor, recent: Tensor) -> WindowTensors:
+        """Windows with given contents, [2, batch, tokens, heads, d] each."""
+        windows = cls.__new__(cls)
+        windows.sink, windows.recent = sink, recent
+        return windows
+
     @property
     def tensors(self) -> list[Tensor]:
         return [self.sink, self.recent]
