@@ -209,8 +209,7 @@ class TurboCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes allocated now by all layers: pages (free ones too), windows, index tensors, and the stock layers' states."""
-        stock = [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
-        return sum(group.nbytes() for group in self.store.groups) + sum(_storage_bytes(layer) for layer in stock)
+        return self.store.nbytes() + sum(_storage_bytes(layer) for layer in self._stock())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` tokens of every row away.

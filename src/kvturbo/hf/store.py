@@ -84,6 +84,11 @@ class PackedStore:
             return [self.rows.columns] * self.batch
         return self.rows.stored.sum(1).tolist()
 
+    def nbytes(self) -> int:
+        """Bytes allocated by all groups, and by the masks that are kept."""
+        masks = [mask for mask in (self.rows.stored, self.pattern) if mask is not None]
+        return sum(group.nbytes() for group in self.groups) + sum(mask.untyped_storage().nbytes() for mask in masks)
+
     def _start(self, batch: int, device: torch.device) -> None:
         for group in self.groups:
             group.start(batch, device)
