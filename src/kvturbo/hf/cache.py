@@ -221,6 +221,7 @@ class TurboCache(Cache):
             ValueError: it is positive.
             RuntimeError: a sliding-window layer no longer has what comes before (see transformers).
         """
+        tokens_to_remove = int(tokens_to_remove)  # generate of transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens, got {tokens_to_remove}")
         for layer in self._stock():
