@@ -23,7 +23,12 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
         path: the file.
         tensors: contiguous host tensors by name.
         header: anything JSON can hold; the version is added.
+
+    Raises:
+        FileNotFoundError: the file's folder does not exist.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name!r} into")
     text = json.dumps({"version": FILE_VERSION, **header})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
