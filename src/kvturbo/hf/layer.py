@@ -114,9 +114,15 @@ class PackedLayer(CacheLayerMixin):
         """The step that new keys [batch, heads, count, d] belong to; the first layer that sees them starts it.
 
         Raises:
+            ValueError: the keys are on another device than the pages.
             RuntimeError: the layers hold different numbers of tokens, after a forward pass that was interrupted.
         """
         count = k.shape[2]
+        if self.group.paged is not None and k.device != self.group.paged.device:
+            raise ValueError(
+                f"the keys of layer {self.layer_idx} are on {k.device}, the cache's pages on {self.group.paged.device}: "
+                "all packed layers must be on one device"
+            )
         if self.length == self.store.rows.columns:
             self.store.begin(k.shape[0], count, k.device, mask)
         step = self.group.step
