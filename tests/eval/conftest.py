@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_model import save_tiny_model
 
 from kvturbo.eval.model import LoadedModel, load_model
+from tiny_model import save_tiny_model
 
 
 @pytest.fixture(scope="session")

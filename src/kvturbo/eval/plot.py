@@ -13,7 +13,7 @@ def tradeoff(rows: Sequence[Row], path: Path, title: str) -> None:
     """KL divergence and retrieval accuracy against measured bytes per token, as a PNG.
 
     Args:
-        rows: per cache `format`, `bytes_per_token`, `kl_mean`, `accuracy`, `low` and `high` (a 95 % interval).
+        rows: per cache `format`, `bytes_per_token`, `kl_mean` and `retrieval`: by setting `accuracy`, `low` and `high`.
         path: the file to write.
         title: over both panels.
     """
@@ -43,12 +43,16 @@ def _divergence(axes: Any, rows: Sequence[Row]) -> None:
 
 def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylabel("retrieval accuracy, 95 % interval [%]")
-    accuracy = [100 * row["accuracy"] for row in rows]
-    below = [100 * (row["accuracy"] - row["low"]) for row in rows]
-    above = [100 * (row["high"] - row["accuracy"]) for row in rows]
-    axes.errorbar([row["bytes_per_token"] for row in rows], accuracy, yerr=[below, above], fmt="o", capsize=3)
+    size = [row["bytes_per_token"] for row in rows]
+    for setting in rows[0]["retrieval"]:
+        found = [row["retrieval"][setting] for row in rows]
+        accuracy = [100 * f["accuracy"] for f in found]
+        below = [100 * (f["accuracy"] - f["low"]) for f in found]
+        above = [100 * (f["high"] - f["accuracy"]) for f in found]
+        axes.errorbar(size, accuracy, yerr=[below, above], fmt="o", capsize=3, label=setting)
     for row, value in zip(rows, accuracy, strict=True):
         _label(axes, row, value)
+    axes.legend(loc="lower right")
 
 
 def _label(axes: Any, row: Row, y: float) -> None:

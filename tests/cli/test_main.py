@@ -1,0 +1,54 @@
+"""The command line as a whole: help, version, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvturbo as package
+from kvturbo.cli.main import COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(kvturbo, command: str) -> None:
+    ran = kvturbo(command, "--help")
+    assert ran.code == 0 and "--json" in ran.out
+
+
+def test_help_lists_the_commands(kvturbo) -> None:
+    out = kvturbo("--help").out
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("info", "--wings"), ("generate", "--prompt", "a", "--file", "b")])
+def test_usage_errors_end_with_2(kvturbo, arguments: tuple[str, ...]) -> None:
+    ran = kvturbo(*arguments)
+    assert ran.code == 2 and ran.out == "" and "usage: kvturbo" in ran.err
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvturbo", "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout == f"kvturbo {package.__version__}\n"
+
+
+def test_building_the_command_line_imports_neither_transformers_nor_matplotlib(tmp_path: Path) -> None:
+    program = (
+        "import sys; from kvturbo.cli.main import build_parser; build_parser();"
+        "print([name for name in ('transformers', 'matplotlib', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_missing_extra_is_named(kvturbo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [name for name in sys.modules if name.startswith(("kvturbo.hf", "kvturbo.eval"))]:
+        monkeypatch.delitem(sys.modules, name)
+    ran = kvturbo("generate", "--prompt", "a")
+    assert ran.code == 1
+    assert ran.err == "kvturbo generate: needs transformers: pip install 'kvturbo[hf]'\n"
