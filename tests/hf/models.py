@@ -104,7 +104,9 @@ class FakeLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         past, count = self.get_seq_length(), key_states.shape[2]
         before = torch.cat((self.packed, torch.zeros(count, dtype=torch.bool)))
-        super().update(*(torch.cat((x, self.fake(x, side)), -1) for x, side in ((key_states, "k"), (value_states, "v"))))
+        super().update(
+            *(torch.cat((x, self.fake(x, side)), -1) for x, side in ((key_states, "k"), (value_states, "v")))
+        )
         total = past + count
         index = torch.arange(total)
         self.packed = before | ((index >= self.sink) & (index < total - self.recent))
@@ -143,7 +145,9 @@ def feed(model: Any, cache: Any, ids: Tensor, sizes: list[int], mask: Tensor | N
         stop = start + size
         seen = None if mask is None else mask[:, :stop]
         positions = None if mask is None else (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:stop]
-        out = model(ids[:, start:stop], attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model(
+            ids[:, start:stop], attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         logits.append(out.logits)
         start = stop
     assert start == ids.shape[1]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import COMMON, fake_cache, feed, prompt, tiny
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from hf.models import COMMON, fake_cache, feed, prompt, tiny
 from kvturbo.hf import TurboCache
 from kvturbo.hf.attention import attention_mask
 
@@ -79,7 +79,9 @@ def test_a_causal_mask_in_four_dimensions_is_understood() -> None:
     for start, stop in ((0, 20), (20, 24)):
         full = torch.ones(stop, stop, dtype=torch.bool).tril() & mask[:, None, None, :stop].bool()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
-        out = model(ids[:, start:stop], attention_mask=full[:, :, start:], position_ids=positions, past_key_values=cache)
+        out = model(
+            ids[:, start:stop], attention_mask=full[:, :, start:], position_ids=positions, past_key_values=cache
+        )
         got.append(out.logits)
     torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=1e-5, rtol=1e-5)
     assert cache.tokens == 48 - 5

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import COMMON, feed, prompt, tiny
 from transformers import BartConfig, DeepseekV3Config, DynamicCache, Gemma3nTextConfig, LlamaConfig, MistralConfig
 
+from hf.models import COMMON, feed, prompt, tiny
 from kvturbo.hf import TurboCache
 
 

@@ -6,9 +6,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-from hf.models import VOCABULARY, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hf.models import VOCABULARY, tiny
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "hf_generate.py"
 

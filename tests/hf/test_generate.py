@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf.models import FAMILIES, fake_cache, feed, prompt, tiny
 from torch import Tensor
 
+from hf.models import FAMILIES, fake_cache, feed, prompt, tiny
 from kvturbo.hf import TurboCache
 
 NEW = 12
@@ -47,9 +48,7 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(family: str, name: str, win
     batch = feed(model, TurboCache(model.config, name, **options), ids, sizes, mask)
     alone = feed(model, TurboCache(model.config, name, **options), ids[:1], sizes)
     same_logits(batch[:1], alone)
-    short = feed(
-        model, TurboCache(model.config, name, **options), ids[1:, PADDING:], [sizes[0] - PADDING, *sizes[1:]]
-    )
+    short = feed(model, TurboCache(model.config, name, **options), ids[1:, PADDING:], [sizes[0] - PADDING, *sizes[1:]])
     same_logits(batch[1:, PADDING:], short)
 
 
@@ -130,7 +129,10 @@ def test_sampling_draws_the_same_tokens() -> None:
 @pytest.mark.parametrize("name, windows", [("k4v4", (0, 0)), ("k2v2", (2, 9))])
 def test_beam_search_finds_the_same_beams(family: str, name: str, windows: tuple[int, int]) -> None:
     model, ids = tiny(family), prompt(2, 20)
-    caches = fake_cache(model.config, name, *windows), TurboCache(model.config, name, sink=windows[0], recent=windows[1])
+    caches = (
+        fake_cache(model.config, name, *windows),
+        TurboCache(model.config, name, sink=windows[0], recent=windows[1]),
+    )
     results = [generate(model, cache, ids, num_beams=3) for cache in caches]
     assert torch.equal(*results)
 
@@ -139,7 +141,10 @@ def test_beam_search_finds_the_same_beams(family: str, name: str, windows: tuple
 def test_assisted_generation_rolls_back(name: str, windows: tuple[int, int]) -> None:
     model, assistant, ids = tiny("llama"), tiny("mistral"), prompt(1, 20)
     assistant.set_attn_implementation("sdpa")
-    caches = fake_cache(model.config, name, *windows), TurboCache(model.config, name, sink=windows[0], recent=windows[1])
+    caches = (
+        fake_cache(model.config, name, *windows),
+        TurboCache(model.config, name, sink=windows[0], recent=windows[1]),
+    )
     results = [generate(model, cache, ids, assistant_model=assistant) for cache in caches]
     assert torch.equal(*results)
 
@@ -159,6 +164,22 @@ def test_two_caches_interleaved_do_not_meet() -> None:
         start += size
     for got, want in zip(pieces, apart, strict=True):
         torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_copies_of_a_prompts_cache_go_their_own_ways(family: str) -> None:
+    model, ids = tiny(family), prompt(1, 30)
+    model.set_attn_implementation("kvturbo")
+    shared = TurboCache(model.config)
+    feed(model, shared, ids[:, :20], [20])
+    for seed in (1, 2):
+        new = prompt(1, 10, seed)
+        want = feed(model, TurboCache(model.config), torch.cat((ids[:, :20], new), 1), [20, 9, 1])[:, 20:]
+        model.set_attn_implementation("sdpa")  # a copy follows the model, as the original does
+        copied = copy.deepcopy(shared)
+        model.set_attn_implementation("kvturbo")
+        torch.testing.assert_close(feed(model, copied, new, [9, 1]), want, atol=1e-5, rtol=1e-5)
+    assert shared.get_seq_length() == 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import FAMILIES, fake_cache, feed, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf.models import FAMILIES, fake_cache, feed, prompt, tiny
 from kvturbo.hf import TurboCache
 from kvturbo.hf.outliers import channels_from_weights
 

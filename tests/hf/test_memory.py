@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf.models import feed, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf.models import feed, prompt, tiny
 from kvturbo import KVFormat, OutOfPagesError
 from kvturbo.hf import TurboCache
 
@@ -121,7 +121,9 @@ def test_max_tokens_fixes_the_size_and_overflow_changes_nothing(format: Any) -> 
         feed(model, cache, prompt(2, 30, seed=1), [30])
     assert error.value.missing == 4
     assert (cache.nbytes() <= before[0]) and (cache.tokens, cache.packed_tokens) == before[1:]
-    assert all(torch.equal(x, y) for x, y in zip(pages, (x for g in cache.store.groups for x in g.pages.pages), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(pages, (x for g in cache.store.groups for x in g.pages.pages), strict=True)
+    )
     got = feed(model, cache, prompt(2, 8, seed=2), [8])
     other = TurboCache(model.config, format)
     feed(model, other, prompt(2, 40), [40])

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from hf.models import feed, prompt, tiny
 from transformers import DynamicCache
 
+from hf.models import feed, prompt, tiny
 from kvturbo.hf import TurboCache
 from kvturbo.hf.outliers import channels_from_text, channels_from_weights
 

@@ -91,11 +91,19 @@ class TurboCache(Cache):
             for spec, indices in members.items()
         ]
         self.store = PackedStore(groups)
-        text = config.get_text_config(decoder=True)
+        self.config = text = config.get_text_config(decoder=True)
         for group in groups:
             for position, i in enumerate(group.layers):
                 layers[i] = PackedLayer(self.store, group, position, i, self.shapes[i], text)
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurboCache:
+        """A cache of its own for the same model: the configuration says which attention is on, so it is not copied."""
+        memo[id(self.config)] = self.config
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(vars(self), memo)
+        return copied
 
     @classmethod
     def from_cache(

@@ -88,6 +88,7 @@ class Group:
         self.fill = Fill.empty(0)
         self.windows: list[WindowTensors | None] = [None] * len(self.layers)
         self.step: Step | None = None
+        self._table: tuple[list[tuple[int, int]], Tensor] | None = None
 
     @property
     def pages(self) -> PagedKVCache:
@@ -143,7 +144,7 @@ class Group:
             sink=list(self.fill.sink),
             recent=list(self.fill.recent),
             before=before,
-            table=self.pages.block_table(self.sequences),
+            table=self._block_table(),
             lens_before=torch.tensor(before, dtype=torch.int32, device=slots.device),
             lens=self.pages.seq_lens(self.sequences),
             q_lens=torch.tensor(new.lengths, dtype=torch.int32, device=slots.device),
@@ -158,7 +159,7 @@ class Group:
         for sequence, length in zip(self.sequences, self.step.before, strict=True):
             self.pages.crop(sequence, length)
         self.fill = Fill(self.step.sink, self.step.recent)
-        self.step = None
+        self.step = self._table = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Packs a layer's part of the step and updates its windows.
@@ -201,7 +202,7 @@ class Group:
 
     def drop(self, counts: Sequence[int]) -> None:
         """Removes the last counts[i] tokens of row i: from the recent window, then the pages, then the sink."""
-        self.step = None
+        self.step = self._table = None
         for row, (sequence, count) in enumerate(zip(self.sequences, counts, strict=True)):
             from_recent = min(count, self.fill.recent[row])
             self.fill.recent[row] -= from_recent
@@ -212,7 +213,7 @@ class Group:
 
     def select(self, index: list[int]) -> None:
         """Row i becomes what row index[i] was. Pages are shared until one of the rows writes to them."""
-        self.step = None
+        self.step = self._table = None
         if self.paged is None:
             return
         chosen = [self.paged.fork(self.sequences[i]) for i in index]
@@ -226,7 +227,8 @@ class Group:
 
     def reset(self) -> None:
         """Gives everything back."""
-        self.paged, self.step, self.sequences, self.fill = None, None, [], Fill.empty(0)
+        self.paged, self.step, self._table = None, None, None
+        self.sequences, self.fill = [], Fill.empty(0)
         self.windows = [None] * len(self.layers)
 
     def nbytes(self) -> int:
@@ -259,6 +261,14 @@ class Group:
             pages = self.pages.num_pages
             self.pages.grow(max(pages + error.missing, int(pages * GROWTH)))
         return self.pages.append(self.sequences, counts)
+
+    def _block_table(self) -> Tensor:
+        """The block table, made anew when a page has come or been replaced, which happens at a row's end only."""
+        tables = [self.pages.pool.table(sequence) for sequence in self.sequences]
+        ends = [(len(table), table[-1] if table else -1) for table in tables]
+        if self._table is None or self._table[0] != ends:
+            self._table = ends, self.pages.block_table(self.sequences)
+        return self._table[1]
 
     def _scatter(self, slots: Tensor, packed: list[list[int]], new: NewColumns) -> tuple[Tensor, Tensor | None]:
         """Slots of the new columns and of the recent window, flattened over rows."""
