@@ -35,7 +35,9 @@ def test_json_holds_text_counts_and_bytes(kvturbo, tiny_folder: Path) -> None:
 
 
 def test_the_stock_cache_takes_16_bits(kvturbo, tiny_folder: Path) -> None:
-    data = kvturbo("generate", "--model", tiny_folder, "--prompt", PROMPT, "--format", "16bit", "--json").data
+    data = kvturbo(
+        "generate", "--model", tiny_folder, "--prompt", PROMPT, "--format", "16bit", "--max-new-tokens", 8, "--json"
+    ).data
     assert data["cache_bytes"] == data["sixteen_bit_bytes"] == SIXTEEN_BITS * data["cache_tokens"]
 
 
@@ -66,9 +68,15 @@ def test_sampling_depends_on_the_seed_alone(kvturbo, tiny_folder: Path) -> None:
     assert text(1) == text(1) != text(2)
 
 
+def test_outlier_channels_are_chosen_from_the_weights(kvturbo, tiny_folder: Path) -> None:
+    options = ("--format", "k4v4-o16", "--max-new-tokens", 8, "--json")
+    data = kvturbo("generate", "--model", tiny_folder, "--prompt", PROMPT, *options).data
+    assert data["new_tokens"] == 8 and data["cache_bytes"] < data["sixteen_bit_bytes"]
+
+
 def test_windows_are_counted(kvturbo, tiny_folder: Path) -> None:
     def nbytes(recent: int) -> int:
-        options = ("--recent", recent, "--sink", 0, "--json")
+        options = ("--recent", recent, "--sink", 0, "--max-new-tokens", 4, "--json")
         return kvturbo("generate", "--model", tiny_folder, "--prompt", PROMPT * 10, *options).data["cache_bytes"]
 
     assert nbytes(64) > nbytes(0)

@@ -138,7 +138,8 @@ def notes(report: dict[str, Any]) -> str:
         f"Model {model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {model['layers']} layers, {model['kv_heads']} "
         f"KV heads, head_dim {model['head_dim']}, run in {model['dtype']}. Bytes are those of the live cache, all layers, over "
         f"its tokens, right after packing the context of a {SETTINGS[0]} prompt. Every format has its default windows of tokens "
-        f"that are not packed (none at 4-bit keys; the first 4 and the newest 128 below), and they are counted. KL divergence "
+        f"that are not packed (none at 4-bit keys; the first 4 and the newest 128 below), counted at the {model['dtype']} in which "
+        f"the model made them; 16bit is the stock cache held in 16 bits. KL divergence "
         f"is to the 16-bit cache, in nats per token, over {row['scored_tokens']:,} tokens of held-out text: "
         f"{options['texts']} x {options['scored']:,}, each after {options['prefix']:,} packed tokens, in chunks of "
         f"{options['chunk']}. Retrieval is exact match with a 95 % Wilson interval, {questions}; {HARD_SETTING} is a setting "
@@ -162,7 +163,7 @@ def _generations(loaded: LoadedModel) -> dict[str, Any]:
     done = {}
     with progress(2 * NEW_TOKENS, "generating", "token") as bar:
         for name in ("16bit", "k4v4"):
-            cache = CacheSpec(name).new(loaded.model.config)
+            cache = CacheSpec(name).new(loaded)
             done[name] = generate(loaded, cache, ids, max_new_tokens=NEW_TOKENS, write=lambda _: bar.update())
     stock, packed = (done[name].new_ids for name in ("16bit", "k4v4"))
     same = next(

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     specs = [CacheSpec(name, arguments.recent, arguments.sink) for name in names]
     with bad_input():
         for spec in specs:
-            spec.new(loaded.model.config)
+            spec.new(loaded)
         evaluation = Evaluation(loaded, tasks, specs, arguments.out)
     results = common.run_evaluation(evaluation)
     if arguments.json:

@@ -102,7 +102,7 @@ def _cache(loaded: LoadedModel, arguments: argparse.Namespace) -> Any:
     from kvturbo.eval.caches import CacheSpec
 
     with bad_input():
-        return CacheSpec(arguments.format, arguments.recent, arguments.sink).new(loaded.model.config)
+        return CacheSpec(arguments.format, arguments.recent, arguments.sink).new(loaded)
 
 
 def _write(text: str) -> None:

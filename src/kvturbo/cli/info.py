@@ -101,7 +101,8 @@ def _side(form: SideFormat) -> dict[str, Any]:
     }
 
 
-def _row(facts: dict[str, Any]) -> tuple[str, ...]:
+def cells(facts: dict[str, Any]) -> tuple[str, ...]:
+    """A format as text, for `HEADER`."""
     return (
         facts["name"],
         f"{facts['bits_per_element']:.3f}",
@@ -116,13 +117,13 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
 def _table_text(result: dict[str, Any]) -> str:
     aliases = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
     heading = f"Formats for head_dim {result['head_dim']} ({aliases})"
-    rows = [_row(facts) for facts in result["formats"]]
+    rows = [cells(facts) for facts in result["formats"]]
     return "\n\n".join([heading, table(HEADER, rows), LEGEND.format(vectors=result["vectors"])])
 
 
 def _details_text(result: dict[str, Any]) -> str:
     names = " = ".join([result["name"], *result["aliases"]])
-    blocks = [f"{names}, head_dim {result['head_dim']}", table(HEADER, [_row(result)])]
+    blocks = [f"{names}, head_dim {result['head_dim']}", table(HEADER, [cells(result)])]
     blocks += [f"{'key' if side == 'k' else 'value'}: {_side_text(form)}" for side, form in result["sides"].items()]
     page = result["page"]
     planes = [(plane["name"], str(plane["offset"]), str(plane["bytes"])) for plane in page["planes"]]

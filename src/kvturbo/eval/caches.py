@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvturbo.config import KVFormat, format_names
+from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.registry import BASELINES
 from kvturbo.hf import TurboCache
 from kvturbo.hf.geometry import full_attention_shapes, stock_layers, windows_of
@@ -36,21 +37,21 @@ class CacheSpec:
     def packed(self) -> bool:
         return self.name not in BASELINES.names()
 
-    def new(self, config: Any) -> Any:
+    def new(self, loaded: LoadedModel) -> Any:
         """An empty cache for a model.
 
         Raises:
             ValueError: the format doesn't fit the model; the message lists what does.
         """
         if not self.packed:
-            return BASELINES.get(self.name).new(config)
-        return TurboCache(config, self.name, recent=self.recent, sink=self.sink)
+            return BASELINES.get(self.name).new(loaded.model.config)
+        return TurboCache(loaded.model.config, self.name, **self._options(loaded))
 
-    def from_raw(self, config: Any, raw: Any) -> Any:
+    def from_raw(self, loaded: LoadedModel, raw: Any) -> Any:
         """A cache with what a raw prefill holds; the raw cache is not changed."""
         if not self.packed:
             return BASELINES.get(self.name).from_raw(raw)
-        return TurboCache.from_cache(config, raw, self.name, recent=self.recent, sink=self.sink)
+        return TurboCache.from_cache(loaded.model.config, raw, self.name, **self._options(loaded))
 
     def packed_tokens(self, config: Any, tokens: int) -> int:
         """Packed tokens, summed over layers, that a cache with one row of `tokens` tokens has to hold.
@@ -62,6 +63,10 @@ class CacheSpec:
         layers = full_attention_shapes(config, stock_layers(config)).values()
         formats = (KVFormat.from_name(self.name, layer.head_dim) for layer in layers)
         return sum(max(0, tokens - sum(windows_of(fmt, self.sink, self.recent))) for fmt in formats)
+
+    def _options(self, loaded: LoadedModel) -> dict[str, Any]:
+        channels = loaded.outlier_channels(self.name)
+        return {"recent": self.recent, "sink": self.sink, "outlier_channels": channels}
 
 
 def check_name(name: str) -> str:

@@ -32,7 +32,8 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     folder: Path | None
-    text_path: Path | None = field(default=None)
+    text_path: Path | None = None
+    _channels: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +65,16 @@ class LoadedModel:
         if self.folder is None or not (self.folder / "retrieval.json").is_file():
             raise FileNotFoundError(f"model {self.name!r} has no retrieval.json, which the retrieval task needs")
         return RetrievalVocab.load(self.folder)
+
+    def outlier_channels(self, format: str) -> dict[int, torch.Tensor] | None:
+        """Channels that an `-o` format stores apart, chosen from the weights, by layer; None for other formats."""
+        if "-o" not in format:
+            return None
+        if format not in self._channels:
+            from kvturbo.hf.outliers import channels_from_weights
+
+            self._channels[format] = channels_from_weights(self.model, format)
+        return self._channels[format]
 
     def _default_text(self) -> Path:
         folders = [folder for folder in (self.folder, embedded_folder()) if folder is not None]

@@ -59,7 +59,7 @@ def start(loaded: LoadedModel, ids: np.ndarray, specs: list[CacheSpec]) -> list[
     loaded.model(_row(ids, loaded), past_key_values=raw, use_cache=True, logits_to_keep=1)
     runs = []
     for spec in specs:
-        cache = spec.from_raw(loaded.model.config, raw)
+        cache = spec.from_raw(loaded, raw)
         runs.append(Run(spec, cache, len(ids), cache.nbytes()))
     return runs
 
