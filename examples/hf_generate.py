@@ -1,6 +1,6 @@
 """Generates text with a packed KV cache, saves the cache, and goes on from the file.
 
-    python examples/hf_generate.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "A page of the cache holds"
+python examples/hf_generate.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "A page of the cache holds"
 """
 
 from __future__ import annotations

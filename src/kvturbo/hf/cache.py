@@ -102,7 +102,7 @@ class TurboCache(Cache):
         memo[id(self.config)] = self.config
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(vars(self), memo)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
     @classmethod
