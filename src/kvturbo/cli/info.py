@@ -108,8 +108,8 @@ def cells(facts: dict[str, Any]) -> tuple[str, ...]:
         f"{facts['bits_per_element']:.3f}",
         str(facts["bytes_per_token"]),
         f"{facts['compression']:.2f}x",
-        f"{facts['key_distortion']:.3g}",
-        f"{facts['value_distortion']:.3g}",
+        f"{facts['key_distortion']:#.3g}",
+        f"{facts['value_distortion']:#.3g}",
         f"{facts['key_slope']:.4f}",
     )
 

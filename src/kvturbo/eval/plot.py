@@ -28,6 +28,7 @@ def tradeoff(rows: Sequence[Row], path: Path, title: str) -> None:
     for axes in (left, right):
         axes.set_xlabel("measured cache bytes per token")
         axes.set_xlim(0, 1.15 * max(row["bytes_per_token"] for row in rows))
+        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
