@@ -14,7 +14,7 @@ from kvturbo.hf.rows import NewColumns
 from kvturbo.hf.windows import Fill, WindowPlan, WindowTensors, plan_moves
 from kvturbo.pool import OutOfPagesError
 
-GROWTH = 1.25
+GROWTH = 1.125
 """A pool that must grow grows at least by this factor, so that copying stays a small part of the work."""
 
 
