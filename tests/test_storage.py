@@ -23,14 +23,14 @@ HEADER = {"format": "k4v4", "sequences": [{"length": 3, "pages": [0]}]}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "cache.safetensors"
-    write_file(path, TENSORS, HEADER)
+    write_file(path, "test", TENSORS, HEADER)
     return path
 
 
 def check(path: Path) -> None:
-    tensors, header = read_file(path)
+    tensors, header = read_file(path, "test")
     assert tensors.keys() == TENSORS.keys() and all(same_bits(tensors[name], TENSORS[name]) for name in TENSORS)
-    assert header == {"version": storage.FILE_VERSION, **HEADER}
+    assert header == {"version": storage.FILE_VERSION, "kind": "test", **HEADER}
 
 
 def test_a_file_reads_back_as_it_was_written(path: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_altered_tensor_is_named_as_such(path: Path) -> None:
     whole[-5] ^= 1
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="has been altered: its checksum does not match"):
-        read_file(path)
+        read_file(path, "test")
 
 
 def test_a_truncated_file_is_refused_at_every_length(path: Path) -> None:
@@ -65,29 +65,29 @@ def test_a_truncated_file_is_refused_at_every_length(path: Path) -> None:
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"is truncated or not a safetensors file"):
-            read_file(path)
+            read_file(path, "test")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, other)
     with pytest.raises(ValueError, match="is not a saved KV cache"):
-        read_file(other)
+        read_file(other, "test")
     other.write_text("{}")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        read_file(other)
+        read_file(other, "test")
     for missing in (tmp_path / "nothing", tmp_path):
         with pytest.raises(FileNotFoundError, match="no cache file"):
-            read_file(missing)
+            read_file(missing, "test")
 
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "newer"
     with monkeypatch.context() as patch:
         patch.setattr(storage, "FILE_VERSION", 2)
-        write_file(path, TENSORS, HEADER)
+        write_file(path, "test", TENSORS, HEADER)
     with pytest.raises(ValueError, match="is of file version 2; this release reads version 1"):
-        read_file(path)
+        read_file(path, "test")
 
 
 @pytest.mark.parametrize("what", ["save_file", "replace"])
@@ -107,11 +107,16 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
         else:
             patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            write_file(path, {"pages.0": torch.zeros(1)}, {})
+            write_file(path, "test", {"pages.0": torch.zeros(1)}, {})
     check(path)
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_writing_to_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        write_file(tmp_path / "nowhere" / "cache", TENSORS, HEADER)
+        write_file(tmp_path / "nowhere" / "cache", "test", TENSORS, HEADER)
+
+
+def test_a_file_of_another_kind_is_refused_by_name(path: Path) -> None:
+    with pytest.raises(ValueError, match="is a saved test, not a PagedKVCache"):
+        read_file(path, "PagedKVCache")

@@ -280,7 +280,7 @@ class PagedKVCache:
         Args:
             path: the file, replaced if it exists.
         """
-        write_file(Path(path), *self.state())
+        write_file(Path(path), "PagedKVCache", *self.state())
 
     @classmethod
     def load(
@@ -297,7 +297,9 @@ class PagedKVCache:
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, altered, not a saved cache or of another version, or num_pages is too small.
         """
-        return cls.from_state(*read_file(Path(path)), num_pages=num_pages, device=device, backend=backend)
+        return cls.from_state(
+            *read_file(Path(path), "PagedKVCache"), num_pages=num_pages, device=device, backend=backend
+        )
 
     def _pages_of(self, layer: int) -> Tensor:
         if not 0 <= layer < self.num_layers:

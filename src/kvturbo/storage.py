@@ -16,20 +16,21 @@ from torch import Tensor
 FILE_VERSION = 1
 
 
-def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def write_file(path: Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Writes tensors and a JSON header. The file appears whole or not at all, and replaces one that is there.
 
     Args:
         path: the file.
+        kind: what is saved, such as "PagedKVCache"; `read_file` wants the same.
         tensors: contiguous host tensors by name.
-        header: anything JSON can hold; the version is added.
+        header: anything JSON can hold; version and kind are added.
 
     Raises:
         FileNotFoundError: the file's folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name!r} into")
-    text = json.dumps({"version": FILE_VERSION, **header})
+    text = json.dumps({"version": FILE_VERSION, "kind": kind, **header})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, {"kvturbo": text, "sha256": _digest(tensors, text)})
@@ -38,12 +39,12 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
         temporary.unlink(missing_ok=True)
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write_file` wrote: tensors on the host, and the header.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, altered, not one of ours, or of another version.
+        ValueError: the file is truncated, altered, not one of ours, of another version, or of another kind.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no cache file {path}")
@@ -60,6 +61,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     header = json.loads(metadata["kvturbo"])
     if header["version"] != FILE_VERSION:
         raise ValueError(f"{path} is of file version {header['version']}; this release reads version {FILE_VERSION}")
+    if header["kind"] != kind:
+        raise ValueError(f"{path} is a saved {header['kind']}, not a {kind}")
     return tensors, header
 
 

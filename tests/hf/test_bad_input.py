@@ -172,7 +172,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is for a model with layers .*, the configuration has"):
         TurboCache.load(path, tiny("phi3").config)
     cache.store.groups[0].pages.save(path)
-    with pytest.raises(ValueError, match="is not a saved TurboCache"):
+    with pytest.raises(ValueError, match="is a saved PagedKVCache, not a TurboCache"):
         TurboCache.load(path, model.config)
     with pytest.raises(FileNotFoundError, match="no cache file"):
         TurboCache.load(tmp_path / "nothing", model.config)

@@ -23,7 +23,7 @@ from kvturbo.hf.geometry import (
 )
 from kvturbo.hf.group import Group
 from kvturbo.hf.layer import PackedLayer
-from kvturbo.hf.state import KIND, restore, saved_channels, shapes_of, to_state
+from kvturbo.hf.state import restore, saved_channels, shapes_of, to_state
 from kvturbo.hf.store import PackedStore
 from kvturbo.storage import read_file, write_file
 
@@ -148,7 +148,7 @@ class TurboCache(Cache):
         Args:
             path: the file, replaced if it exists.
         """
-        write_file(Path(path), *to_state(self))
+        write_file(Path(path), "TurboCache", *to_state(self))
 
     @classmethod
     def load(
@@ -167,9 +167,7 @@ class TurboCache(Cache):
             ValueError: the file is truncated, altered, of another version, not a saved TurboCache, or for a model with
                 other layers.
         """
-        tensors, header = read_file(Path(path))
-        if header.get("kind") != KIND:
-            raise ValueError(f"{path} is not a saved TurboCache")
+        tensors, header = read_file(Path(path), "TurboCache")
         layers = full_attention_shapes(config, stock_layers(config))
         formats = {i: header["formats"].get(str(i), SIXTEEN_BIT) for i in layers}
         channels = saved_channels(tensors, header)

@@ -15,8 +15,6 @@ from kvturbo.hf.windows import Fill, WindowTensors
 if TYPE_CHECKING:
     from kvturbo.hf.cache import TurboCache
 
-KIND = "TurboCache"
-
 
 def to_state(cache: TurboCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Host tensors by name, and a header that JSON can hold."""
@@ -32,7 +30,7 @@ def to_state(cache: TurboCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(layer, PackedLayer):
             own, stock[str(i)] = _layer_state(layer)
             tensors |= {f"layer{i}.{name}": tensor for name, tensor in own.items()}
-    header = {"kind": KIND, "formats": {str(i): fmt.name for i, fmt in cache.formats.items()}, "options": cache.options}
+    header = {"formats": {str(i): fmt.name for i, fmt in cache.formats.items()}, "options": cache.options}
     header |= {"shapes": shapes_of(cache), "batch": store.batch, "columns": store.rows.columns}
     return tensors, header | {"groups": groups, "stock": stock}
 
