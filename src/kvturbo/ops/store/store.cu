@@ -8,16 +8,15 @@
 // The search. Neighbouring thresholds are further apart (factor 1.283 at least) than the smallest and the largest candidate scale (1.273).
 // So of an element's thresholds at most one lies between its codes for any two candidates. A table finds the magnitude at the largest scale;
 // one comparison per smaller scale tells whether it is the next one. The sums of <y,c> and <c,c> only need differences.
-// Codes are then made by comparing |y| with threshold * s as the reference does; only sums are added in another order.
+// Codes and sums follow from the same comparisons; they are the reference's unless |y| is within a few roundings of a threshold.
 //
-// Budget at head_dim 128, 4 bits, per element: about 10 instructions for the rotation, 22 for the search, 6 for the code, 5 for the
+// Budget at head_dim 128, 4 bits, per element: about 10 instructions for the rotation, 21 for the search, 4 for the code, 5 for the
 // rest; 131,072 vectors (8,192 tokens, 8 heads, K and V) in 25 us at full issue rate, 10 us of memory traffic.
 
 constexpr int WARPS = 4;
 constexpr int KEY_STRIDE = D / 4 % 8 ? D : D + 16;       // bytes from row to row of key codes: no bank twice
 constexpr int PALEY_BYTES = ORDER > 1 ? 8 * D * 4 : 0;
 constexpr int WARP_BYTES = PALEY_BYTES > 8 * (D + 16) ? PALEY_BYTES : 8 * (D + 16);
-constexpr float TIGHT = 0.999999f;                       // so that rounding never finds a magnitude too large
 
 struct Params {
   const void *k, *v;              // [tokens, HKV, D]
@@ -30,9 +29,9 @@ struct Params {
   u32 signs[8];                   // bit c set: sigma_c = -1
 };
 
-struct Search {  // of one codebook, z2 = 2 |y| / (s / T)
+struct Search {  // of one codebook, z = 2 |y| / (s / T)
   float4 rows[8];  // per magnitude: 1 / (2 * next threshold), magnitude, step to the next magnitude, step to its square
-  u8 bins[208];    // per ceil(z2): 16 times the magnitude's index
+  u8 bins[208];    // per ceil(z): 16 times the magnitude's index
 };
 
 template <int BITS> constexpr int LEVELS = 1 << (BITS - 1);
@@ -74,14 +73,12 @@ DEV u16 to_half_scale(float s) {
   return float_to_half(s > 65504.f ? 65504.f : s);
 }
 
-template <int BITS> DEV float unit(float rms, int step) { return rms * STEPS[step] * (float)(1 / CODEBOOK_T[BITS]); }
-
-struct Sums { float dot, cc, unit; };  // <y,c> and <c,c> with c in units of 1 / T, and s / T
+struct Sums { float dot, cc; };  // <y,c> and <c,c> with c in units of 1 / T
 
 // 2 bits: no search. Magnitudes as bytes.
 template <int L> DEV Sums plain_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], int l) {
-  Sums best = {0, 0, rms * (float)(1 / CODEBOOK_T[2])};
-  const float threshold = twice_threshold<2>(0) / 2 * best.unit;
+  Sums best = {0, 0};
+  const float threshold = twice_threshold<2>(0) / 2 * (rms * (float)(1 / CODEBOOK_T[2]));
   UNROLL for (int m = 0; m < PER_LANE<L, 4> / 4; m++) {
     codes[m] = 0;
     if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++) {
@@ -101,8 +98,8 @@ template <int L> DEV Sums plain_codes(const float (&y)[PER_LANE<L, 4>], float rm
 // The candidate with the largest <y,c>^2 / <c,c>, the first of equals.
 template <int L, int BITS> DEV Sums searched_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], const Search& s, int l) {
   constexpr int N = PER_LANE<L, 4>;
-  const float top = unit<BITS>(rms, 4), inverse = top > 0 ? __fdividef(2 * TIGHT, top) : 0.f;
-  float edge[N];  // twice the next threshold
+  const float largest = rms * STEPS[4] * (float)(1 / CODEBOOK_T[BITS]), inverse = largest > 0 ? __fdiv_rn(2.f, largest) : 0.f;
+  float ratio[N];  // |y| over the next threshold, both at the largest scale: the magnitude is the next one at scales below that
   float dot[5] = {0, 0, 0, 0, 0}, cc[5] = {0, 0, 0, 0, 0};  // of the largest scale in [4], what the others have more in [0 .. 3]
   UNROLL for (int m = 0; m < N / 4; m++) {
     codes[m] = 0;
@@ -110,27 +107,24 @@ template <int L, int BITS> DEV Sums searched_codes(const float (&y)[PER_LANE<L, 
       const float z = fabsf(y[4 * m + i]) * inverse;
       const u32 row16 = s.bins[__float_as_uint(__fadd_ru(fminf(z, 203.f), 8388608.f)) & 255];
       const float4 row = *(const float4*)((const u8*)s.rows + row16);
-      edge[4 * m + i] = fmaf(2.f, row.y, row.z);
+      const float r = ratio[4 * m + i] = z * row.x, more = z * row.z;
       dot[4] = fmaf(row.y, z, dot[4]);
       cc[4] = fmaf(row.y, row.y, cc[4]);
-      const float ratio = z * row.x, more = z * row.z;
-      UNROLL for (int j = 0; j < 4; j++) if (ratio > TIGHT * (STEPS[j] / STEPS[4])) { dot[j] += more; cc[j] += row.w; }
+      UNROLL for (int j = 0; j < 4; j++) if (r > STEPS[j] / STEPS[4]) { dot[j] += more; cc[j] += row.w; }
       codes[m] += row16 << 8 * i;
     }
   }
   UNROLL for (int j = 0; j < 5; j++) { dot[j] = group_sum<L>(dot[j]); cc[j] = group_sum<L>(cc[j]); }
-  Sums best = {0, 0, 0};
-  float objective = -1;
+  Sums best = {0, 0};
+  float objective = -1, limit = INF;
   UNROLL for (int j = 0; j < 5; j++) {
     const float d = j < 4 ? dot[4] + dot[j] : dot[4], c = j < 4 ? cc[4] + cc[j] : cc[4], o = __fdividef(__fmul_rn(d, d), c);
-    if (o > objective) { objective = o; best = {d, c, unit<BITS>(rms, j)}; }
+    if (o > objective) { objective = o; best = {d, c}; limit = j < 4 ? STEPS[j] / STEPS[4] : INF; }
   }
   best.dot = inverse > 0 ? __fdiv_rn(best.dot, inverse) : 0.f;
-  const float half_unit = 0.5f * best.unit;
   UNROLL for (int m = 0; m < N / 4; m++) {
     codes[m] = codes[m] >> 4 & 0x0f0f0f0fu;
-    if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++)
-      if (fabsf(y[4 * m + i]) > edge[4 * m + i] * half_unit) codes[m] += 1u << 8 * i;
+    if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++) if (ratio[4 * m + i] > limit) codes[m] += 1u << 8 * i;
   }
   return best;
 }

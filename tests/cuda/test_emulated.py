@@ -1,0 +1,79 @@
+"""The store and gather kernels, thread by thread on the CPU, against the reference: their logic and every address."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from emulator import EmulatedKernel
+from kernel_checks import check_gather, check_not_finite, check_store, mixed_slots, rotations, vectors
+from kvturbo import KVFormat
+from kvturbo.ops.gather import cuda as gather
+from kvturbo.ops.store import cuda as store
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+FORMATS = [
+    ("k4v4", 128, 16, torch.bfloat16),
+    ("k3v3-o16", 80, 16, torch.float32),
+    ("k4v3", 112, 32, torch.float16),
+    ("k3v2", 96, 64, torch.float32),
+    ("k8v4", 192, 32, torch.bfloat16),
+    ("k2v2-o32", 256, 16, torch.float32),
+    ("lite4", 64, 64, torch.float32),
+]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda p: "-".join(map(str, p[:3])), scope="module")
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    name, head_dim, page_size, dtype = request.param
+    fmt = KVFormat.from_name(name, head_dim, seed=5)
+    folder = tmp_path_factory.mktemp("emulated")
+    variant = store.Variant(fmt, page_size, store.TYPES[dtype])
+    return SimpleNamespace(
+        fmt=fmt,
+        page_size=page_size,
+        dtype=dtype,
+        folder=folder,
+        store=EmulatedKernel(variant.source(), variant.macros(), "store", folder),
+    )
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_kernel", lambda *_: kernel.store)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single tokens", "octets"])
+def test_store_is_the_references(kernel: SimpleNamespace, single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MOST_SINGLE", 10**9 if single else 0)
+    slots = mixed_slots(kernel.page_size)
+    k, v = (x.to(kernel.dtype) for x in vectors(kernel.fmt, len(slots), 3))
+    check_store(store.store, kernel.fmt, kernel.page_size, slots, k, v, "cpu")
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single tokens", "octets"])
+def test_what_is_not_finite_stays_in_its_vector(
+    kernel: SimpleNamespace, single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_SINGLE", 10**9 if single else 0)
+    if kernel.dtype == torch.float32:
+        check_not_finite(store.store, kernel.fmt, kernel.page_size, 8, "cpu")
+
+
+def test_gather_is_the_references(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = [(0, 2 * kernel.page_size), (5, kernel.page_size + 3), (9, 10), (4, 4)]
+    for rotated in rotations(kernel.fmt):
+        variant = gather.Variant(kernel.fmt, kernel.page_size, gather.TYPES[kernel.dtype], rotated)
+        folder = kernel.folder / str(rotated)
+        folder.mkdir()
+        built = EmulatedKernel(variant.source(), variant.macros(), "gather", folder)
+        monkeypatch.setattr(gather, "_kernel", lambda *_, built=built: built)
+        check_gather(
+            gather.gather, kernel.fmt, kernel.page_size, ranges, "cpu", rotated=rotated, dtype=kernel.dtype
+        )

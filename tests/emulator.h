@@ -1,0 +1,161 @@
+// Enough of CUDA to run a kernel on the CPU: a CTA's threads are fibers that take turns at the warp's and the CTA's meeting points.
+// A meeting that not all threads reach, or that they reach at different operations, aborts.
+#include <csetjmp>
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include <ucontext.h>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __constant__ static
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct Index { int x; };
+static Index threadIdx, blockIdx;
+
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+
+// ---- fibers
+
+struct Fiber { jmp_buf at; ucontext_t start; std::vector<char> stack; bool done; };
+static std::vector<Fiber> fibers;
+static jmp_buf scheduler;
+static int current;
+static long progress;
+static void (*body)();
+
+static void fiber_main() { body(); fibers[current].done = true; progress++; _longjmp(scheduler, 1); }
+static void yield() { if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1); }
+
+struct Meeting { int count = 0, size = 0, operation = 0; long generation = 0; };
+static Meeting warps[32], cta;
+static uint64_t boxes[32][2][32];
+
+static void meet(Meeting& m, int operation) {
+  if (m.count && m.operation != operation) { fprintf(stderr, "threads meet at different operations\n"); abort(); }
+  m.operation = operation;
+  progress++;
+  const long generation = m.generation;
+  if (++m.count == m.size) { m.count = 0; m.generation++; return; }
+  while (m.generation == generation) yield();
+}
+template <class T> static const uint64_t* exchange(T x, int operation) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, box = warps[warp].generation % 2;
+  uint64_t bits = 0;
+  memcpy(&bits, &x, sizeof x);
+  boxes[warp][box][lane] = bits;
+  meet(warps[warp], operation);
+  return boxes[warp][box];
+}
+template <class T> static T as(uint64_t bits) { T x; memcpy(&x, &bits, sizeof x); return x; }
+
+template <class K> static void run(K kernel, int grid, int threads) {
+  static K the_kernel;
+  the_kernel = kernel;
+  body = [] { the_kernel(); };
+  fibers.assign(threads, {});
+  for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+    cta = {0, threads};
+    for (int t = 0; t < threads; t++) {
+      warps[t / 32] = {0, 32};
+      Fiber& f = fibers[t];
+      f.stack.resize(1 << 17);
+      f.done = false;
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.data();
+      f.start.uc_stack.ss_size = f.stack.size();
+      makecontext(&f.start, fiber_main, 0);
+    }
+    std::vector<bool> started(threads);
+    for (int left = threads; left;) {
+      const long before = progress;
+      left = 0;
+      for (volatile int t = 0; t < threads; t = t + 1) {
+        if (fibers[t].done) continue;
+        current = threadIdx.x = t;
+        if (!_setjmp(scheduler)) {
+          if (started[t]) _longjmp(fibers[t].at, 1);
+          started[t] = true;
+          setcontext(&fibers[t].start);
+        }
+        left += !fibers[t].done;
+      }
+      if (left && progress == before) { fprintf(stderr, "threads wait for each other\n"); abort(); }
+    }
+  }
+}
+
+// ---- intrinsics
+
+static void __syncthreads() { meet(cta, 1); }
+static void __syncwarp() { meet(warps[threadIdx.x / 32], 2); }
+template <class T> static T __shfl_sync(unsigned, T x, int lane) { return as<T>(exchange(x, 3)[lane & 31]); }
+template <class T> static T __shfl_xor_sync(unsigned, T x, int mask) { return as<T>(exchange(x, 4 + 64 * mask)[threadIdx.x % 32 ^ mask]); }
+template <class T> static T __shfl_down_sync(unsigned, T x, int n) {
+  const int lane = threadIdx.x % 32;
+  return as<T>(exchange(x, 5)[lane + n < 32 ? lane + n : lane]);
+}
+static unsigned __ballot_sync(unsigned, bool x) {
+  const uint64_t* all = exchange((int)x, 6);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; i++) bits |= (unsigned)all[i] << i;
+  return bits;
+}
+static unsigned __reduce_or_sync(unsigned, unsigned x) {
+  const uint64_t* all = exchange(x, 7);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; i++) bits |= (unsigned)all[i];
+  return bits;
+}
+static unsigned atomicXor(unsigned* at, unsigned x) { const unsigned old = *at; *at ^= x; return old; }
+template <class T> static T __ldcg(const T* at) { return *at; }
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
+static float __uint_as_float(unsigned x) { return as<float>(x); }
+static constexpr float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+static unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fdividef(float a, float b) { return a * (1 / b); }
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fsqrt_rn(float a) { return sqrtf(a); }
+static float __fadd_ru(float a, float b) {
+  const double sum = (double)a + b;  // exact for what the kernels add
+  const float f = (float)sum;
+  return f < sum ? nextafterf(f, INFINITY) : f;
+}
+static int __float2int_rn(float x) { return x != x ? 0 : x >= 2147483647.f ? 2147483647 : x <= -2147483648.f ? -2147483647 - 1 : (int)rintf(x); }
+
+// ---- what the kernels write in PTX
+
+static unsigned prmt(unsigned a, unsigned b, unsigned s) {
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  unsigned d = 0;
+  for (int i = 0; i < 4; i++) {
+    unsigned byte = bytes >> 8 * (s >> 4 * i & 7) & 255;
+    if (s >> 4 * i & 8) byte = byte & 128 ? 255 : 0;
+    d |= byte << 8 * i;
+  }
+  return d;
+}
+static float2 half2_to_float2(unsigned h) { return {(float)as<_Float16>(h & 65535), (float)as<_Float16>(h >> 16)}; }
+static unsigned short float_to_half(float x) { const _Float16 h = (_Float16)x; unsigned short bits; memcpy(&bits, &h, 2); return bits; }
+static unsigned short float_to_bf16(float x) {
+  const unsigned u = __float_as_uint(x);
+  return x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static float max_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? b : a; }
