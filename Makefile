@@ -82,7 +82,8 @@ $(VENV)/.demo-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
 	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
+# The tests compile CUDA kernels, which needs NVRTC but no GPU.
 $(VENV)/.dev-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
-	@echo "==> installing kvturbo[$(EXTRAS),dev]"
-	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),dev]"
+	@echo "==> installing kvturbo[$(EXTRAS),cuda,dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),cuda,dev]"
 	@touch $@

@@ -9,7 +9,16 @@ import subprocess
 from pathlib import Path
 
 GXX = shutil.which("g++")
-_FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
+_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+]
 
 
 class EmulatedKernel:

@@ -26,7 +26,9 @@ SLOTS_OF_ONE_PAGE = [*range(5, 16), -1, -1, 19, 16, -1, 17, 31, 24]
 def mixed_slots(page_size: int) -> Tensor:
     """`SLOTS_OF_ONE_PAGE` on pages 0 and 2, and two whole octets of page 1, as slot_mapping."""
     two_pages = [slot + (page_size if page_size == 16 and slot >= 16 else 0) for slot in SLOTS_OF_ONE_PAGE]
-    return torch.tensor([*two_pages, *range(3 * page_size, 3 * page_size + 16), 3 * page_size + 17 % page_size + page_size])
+    return torch.tensor(
+        [*two_pages, *range(3 * page_size, 3 * page_size + 16), 3 * page_size + 17 % page_size + page_size]
+    )
 
 
 def random_pages(fmt: KVFormat, page_size: int, count: int, heads: int, seed: int = 0) -> Tensor:
@@ -104,7 +106,9 @@ def check_vectors(fmt: KVFormat, side: Side, wanted: Packed, got: Packed, x: Ten
         equal &= (wanted.outliers == got.outliers).all(-1) | wanted.outlier_scale.isnan()
         assert_close_scales(wanted.outlier_scale, got.outlier_scale)
     assert_close_scales(wanted.scales[equal & ~nan], got.scales[equal & ~nan])
-    assert (~equal).sum() <= max(1, (1 - EQUAL_CODES) * equal.numel()), f"{int((~equal).sum())} of {equal.numel()} differ"
+    assert (~equal).sum() <= max(1, (1 - EQUAL_CODES) * equal.numel()), (
+        f"{int((~equal).sum())} of {equal.numel()} differ"
+    )
     fields = [dequantize(p, fmt, side, channels if side == "k" else None).double() for p in (wanted, got)]
     error = [(y - x.double()).square().sum(-1)[~equal] for y in fields]
     assert ((error[0] - error[1]).abs() <= RELATIVE_D * error[0]).all(), "an unequal code is more than a rounding"

@@ -68,7 +68,9 @@ class Kernel(NamedTuple):
             return decode.variant_for(self.fmt, self.page_size, self.dtype, self.out, self.rows)
         if self.operation == "store":
             return store.Variant(self.fmt, self.page_size, store.TYPES[self.dtype])
-        return gather.Variant(self.fmt, self.page_size, gather.TYPES[self.out], rotated=self.operation == "gather-rotated")
+        return gather.Variant(
+            self.fmt, self.page_size, gather.TYPES[self.out], rotated=self.operation == "gather-rotated"
+        )
 
 
 KERNELS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +73,4 @@ def test_gather_is_the_references(kernel: SimpleNamespace, monkeypatch: pytest.M
         folder.mkdir()
         built = EmulatedKernel(variant.source(), variant.macros(), "gather", folder)
         monkeypatch.setattr(gather, "_kernel", lambda *_, built=built: built)
-        check_gather(
-            gather.gather, kernel.fmt, kernel.page_size, ranges, "cpu", rotated=rotated, dtype=kernel.dtype
-        )
+        check_gather(gather.gather, kernel.fmt, kernel.page_size, ranges, "cpu", rotated=rotated, dtype=kernel.dtype)
