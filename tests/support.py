@@ -7,12 +7,13 @@ The attention here is written as loops over scalars in float64 and knows nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from kvturbo import KVFormat, Packed, dequantize, format_names, quantize
@@ -45,21 +46,38 @@ def relative_bound(backend: str) -> float:
 BACKENDS_UNDER_TEST = tuple(b for b in backends.BACKENDS if runs(b, "store", KVFormat.from_name("k4v4", 128)))
 
 
-def backend_formats(operation: str, names: Iterable[str] | None = None, head_dim: int = 128) -> list[object]:
-    """(backend, format) parameters: every pair that runs. Default: every format name of the head_dim but the aliases."""
-    names = [n for n in format_names(head_dim) if n != "turboquant"] if names is None else names
-    formats = [KVFormat.from_name(name, head_dim) for name in names]
-    pairs = [(backend, fmt) for backend in BACKENDS_UNDER_TEST for fmt in formats if runs(backend, operation, fmt)]
-    return [pytest.param(backend, fmt, id=f"{backend}-{fmt.name}-{fmt.head_dim}") for backend, fmt in pairs]
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels run in an interpreter here, a thousand times slower than compiled."""
+    return backend != "reference" and device_of(backend).type == "cpu"
 
 
-def every_head_dim(operation: str, names: Sequence[str]) -> list[object]:
-    """(backend, format) parameters over all head_dims, the names taken in turn."""
-    return [
-        parameter
-        for i, head_dim in enumerate(HEAD_DIMS)
-        for parameter in backend_formats(operation, [names[i % len(names)]], head_dim)
-    ]
+INTERPRETED_FORMATS = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k2v2", "k8v4", "lite4", "k4v4-o16", "k3v2-o16")
+
+
+def backend_formats(operation: str, names: Sequence[str] | None = None, head_dim: int = 128) -> list[ParameterSet]:
+    """(backend, format) parameters: every pair that runs. Default: every format name of the head_dim but the aliases.
+
+    An interpreted backend gets the first of the names only, or `INTERPRETED_FORMATS`; on a GPU it gets all.
+    """
+    everything = [n for n in format_names(head_dim) if n != "turboquant"]
+    parameters = []
+    for backend in BACKENDS_UNDER_TEST:
+        few = INTERPRETED_FORMATS if names is None else names[:1]
+        for name in few if interpreted(backend) else everything if names is None else names:
+            fmt = KVFormat.from_name(name, head_dim)
+            if runs(backend, operation, fmt):
+                parameters.append(pytest.param(backend, fmt, id=f"{backend}-{name}-{head_dim}"))
+    return parameters
+
+
+def every_head_dim(operation: str, names: Sequence[str]) -> list[ParameterSet]:
+    """(backend, format, page_size) parameters over all head_dims, the names and page sizes taken in turn."""
+    parameters = []
+    for i, head_dim in enumerate(HEAD_DIMS):
+        page_size = (32, 64)[i % 2]
+        for p in backend_formats(operation, [names[i % len(names)]], head_dim):
+            parameters.append(pytest.param(*p.values, page_size, id=f"{p.id}-{page_size}"))
+    return parameters
 
 
 def channels_for(fmt: KVFormat, heads: int, seed: int = 0) -> Tensor | None:

@@ -64,8 +64,9 @@ def test_decode_agrees_with_the_oracle_for_every_format(backend: str, fmt: KVFor
     check(queries(4, 4, fmt, backend), batch, backend)
 
 
-@pytest.mark.parametrize("page_size", [32, 64])
-@pytest.mark.parametrize("backend,fmt", every_head_dim("decode", ["k3v2", "k4v4-o16", "k2v2", "k8v4", "lite4"]))
+@pytest.mark.parametrize(
+    "backend,fmt,page_size", every_head_dim("decode", ["k3v2", "k4v4-o16", "k2v2", "k8v4", "lite4"])
+)
 def test_decode_for_every_head_dim_and_page_size(backend: str, fmt: KVFormat, page_size: int) -> None:
     batch = batch_of(fmt, [35, 64], page_size=page_size, device=device_of(backend))
     check(queries(2, 4, fmt, backend), batch, backend)

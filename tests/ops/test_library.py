@@ -10,9 +10,17 @@ from torch import Tensor
 
 from kvturbo import KVFormat
 from kvturbo.ops import decode, gather, store
-from support import BACKENDS_UNDER_TEST, Batch, batch_of, device_of, ints, same_bits
+from support import BACKENDS_UNDER_TEST, Batch, batch_of, device_of, interpreted, ints, same_bits
 
 OPS = torch.ops.kvturbo
+SCHEMA_AND_FAKE = ("test_schema", "test_faketensor")
+ALL = (*SCHEMA_AND_FAKE, "test_autograd_registration", "test_aot_dispatch_dynamic")
+
+COMPILED = [
+    (backend, compiler)
+    for backend in [*BACKENDS_UNDER_TEST, "auto"]
+    for compiler in (["eager"] if interpreted(backend) and backend != "auto" else ["eager", "aot_eager"])
+]
 
 
 def step(name: str, backend: str) -> tuple[Batch, Tensor, Tensor, Tensor, Tensor]:
@@ -35,14 +43,16 @@ def fmt_args(batch: Batch) -> tuple[str, int]:
 def test_schemas_and_fakes_describe_the_operations(backend: str, name: str) -> None:
     batch, q, k, v, slots = step(name, backend)
     channels = batch.channels
+    # The other checks trace the operation as a caller would, which the compiled step below does too.
+    how = {"raise_exception": True, "test_utils": SCHEMA_AND_FAKE if interpreted(backend) else ALL}
     torch.library.opcheck(
-        OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend), raise_exception=True
+        OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend), **how
     )
     copies = [torch.zeros(2, 5, 2, 64, dtype=torch.bfloat16, device=q.device) for _ in range(2)]
     torch.library.opcheck(
         OPS.gather.default,
         (batch.pages, batch.block_table[:, :2], 3, 8, *copies, *fmt_args(batch), False, channels, backend),
-        raise_exception=True,
+        **how,
     )
     sinks, ones = torch.zeros(4, device=q.device), ints([1, 1], q.device)
     for options in ((None, None, None, None, None), (ones, ints([2, 0], q.device), 9, 2.0, sinks)):
@@ -52,14 +62,13 @@ def test_schemas_and_fakes_describe_the_operations(backend: str, name: str) -> N
                 q, batch.pages, batch.block_table, batch.seq_lens, torch.zeros_like(q), *fmt_args(batch),
                 0.11, *options, channels, backend,
             ),
-            raise_exception=True,
+            **how,
         )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["k4v4", "k4v4-o16"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", [*BACKENDS_UNDER_TEST, "auto"])
+@pytest.mark.parametrize("backend,compiler", COMPILED)
 def test_a_compiled_step_is_one_graph_and_gives_the_same_bits(backend: str, compiler: str, name: str) -> None:
     batch, q, k, v, slots = step(name, "reference" if backend == "auto" else backend)
     options: dict[str, Any] = {**batch.format_options(), "backend": backend}
