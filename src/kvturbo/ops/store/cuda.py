@@ -17,7 +17,9 @@ from kvturbo.layout import PageLayout
 
 _WARPS = 4
 _OCTET = 8
-_MOST_SINGLE = 4096  # vectors up to which a warp per vector is faster than a warp per octet: about what the GPU holds at once
+_MOST_SINGLE = (
+    4096  # vectors up to which a warp per vector is faster than a warp per octet: about what the GPU holds at once
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@
 // rest; 131,072 vectors (8,192 tokens, 8 heads, K and V) in 25 us at full issue rate, 10 us of memory traffic.
 
 constexpr int WARPS = 4;
+constexpr int V_SEARCH = V_BITS != K_BITS;               // the values' table among the keys' and the values'
 constexpr int KEY_STRIDE = D / 4 % 8 ? D : D + 16;       // bytes from row to row of key codes: no bank twice
 constexpr int PALEY_BYTES = ORDER > 1 ? 8 * D * 4 : 0;
 constexpr int WARP_BYTES = PALEY_BYTES > 8 * (D + 16) ? PALEY_BYTES : 8 * (D + 16);
@@ -34,6 +35,7 @@ struct Search {  // of one codebook, z = 2 |y| / (s / T)
   u8 bins[208];    // per ceil(z): 16 times the magnitude's index
 };
 
+__device__ constexpr bool searched(int bits) { return bits == 3 || bits == 4; }
 template <int BITS> constexpr int LEVELS = 1 << (BITS - 1);
 template <int BITS> DEV float twice_threshold(int i) { return MAGNITUDES[BITS][i] + MAGNITUDES[BITS][i + 1]; }
 template <int BITS> __device__ constexpr bool one_crossing() {
@@ -43,13 +45,13 @@ template <int BITS> __device__ constexpr bool one_crossing() {
 }
 static_assert(one_crossing<3>() && one_crossing<4>(), "an element's code changes at most once over the candidates");
 
-template <int BITS> DEV void fill(Search& s, int thread, int threads) {
-  for (int n = thread; n < 208; n += threads) {
+template <int BITS> DEV void fill(Search& s, int thread) {
+  for (int n = thread; n < 208; n += WARPS * 32) {
     int index = 0;
     UNROLL for (int i = 0; i + 1 < LEVELS<BITS>; i++) index += n > twice_threshold<BITS>(i);
     s.bins[n] = 16 * index;
   }
-  UNROLL for (int i = 0; i < LEVELS<BITS>; i++) if (thread == i) {
+  if (thread < 32) UNROLL for (int i = 0; i < LEVELS<BITS>; i++) if (thread == i) {
     const float m = MAGNITUDES[BITS][i], next = i + 1 < LEVELS<BITS> ? MAGNITUDES[BITS][i + 1] : INF;
     s.rows[i] = make_float4(1 / (m + next), m, next - m, next * next - m * m);
   }
@@ -234,7 +236,7 @@ template <bool V, int L> DEV void make_codes(const Params& p, const Place& place
   }
   u16 scale;
   if constexpr (BITS == 8) scale = encode_int8<L, N>(y, codes);
-  else scale = encode<V, L, BITS>(y, codes, search[V], l);
+  else scale = encode<V, L, BITS>(y, codes, search[V ? V_SEARCH : 0], l);
   if (l == 0) place.put_half(V ? V_SCALE : K_SCALE, scale);
   if (BITS == 8)
     UNROLL for (int m = 0; m < N / 4; m++)
@@ -379,14 +381,14 @@ template <bool V> DEV void store_tokens(const Params& p, int head, i64 first, i6
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) store(const __grid_constant__ Params p) {
   __shared__ __align__(16) u8 s_memory[WARPS][WARP_BYTES];
-  __shared__ __align__(16) Search s_search[2];
+  __shared__ __align__(16) Search s_search[1 + V_SEARCH];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int task = blockIdx.x * WARPS + warp;  // [span of tokens][side][head]
   const i64 first = (i64)(task / (2 * p.kv_heads)) * p.span, token = first + lane - 8;
   const bool loads = p.span == 8 ? lane < 24 : lane == 8;
   const i64 slot = loads && token >= 0 && token < p.tokens ? p.slots[token] : -1;
-  if (K_BITS == 3 || K_BITS == 4) fill<K_BITS == 3 ? 3 : 4>(s_search[0], threadIdx.x, WARPS * 32);
-  if (V_BITS == 3 || V_BITS == 4) fill<V_BITS == 3 ? 3 : 4>(s_search[1], threadIdx.x, WARPS * 32);
+  if (searched(K_BITS)) fill<K_BITS == 3 ? 3 : 4>(s_search[0], threadIdx.x);
+  if (searched(V_BITS) && V_BITS != K_BITS) fill<V_BITS == 3 ? 3 : 4>(s_search[V_SEARCH], threadIdx.x);
   __syncthreads();
   if (first >= p.tokens) return;
   const int head = task % p.kv_heads;
