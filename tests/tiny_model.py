@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kvturbo.eval.retrieval import RetrievalVocab
 
 SPECIAL = ("pad", "bos", "eos", "key", "val", "ask", "hop", "mark", "copy", "end")
-CONTEXT = 1024
+CONTEXT = 8192
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 64
 
 
