@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from kvturbo.config import KVFormat
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
+"""From the slowest to the fastest."""
 OPERATIONS = ("store", "decode", "gather")
 
 
@@ -25,6 +27,17 @@ def unavailable(backend: str, operation: str, device: torch.device, fmt: KVForma
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
+    return _triton_unavailable(device, fmt) if backend == "triton" else None
+
+
+def _triton_unavailable(device: torch.device, fmt: KVFormat) -> str | None:
+    if len(fmt.k.parts) > 1 or fmt.k.qjl:
+        return f"format {fmt.name!r} is not among its formats; use backend 'reference'"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = importlib.import_module("triton").knobs.runtime.interpret
+    if device.type != "cuda" and not interpreted:
+        return f"it needs a CUDA device or TRITON_INTERPRET=1 before triton is imported, got device {str(device)!r}"
     return None
 
 
@@ -40,7 +53,8 @@ def choose(requested: str, operation: str, device: torch.device, fmt: KVFormat) 
         if reason:
             raise ValueError(f"backend {requested!r} can't run {operation}: {reason}")
         return requested
-    return next(name for name in reversed(BACKENDS) if not unavailable(name, operation, device, fmt))
+    names = reversed(BACKENDS) if device.type == "cuda" else ("reference",)  # Triton's interpreter only on request
+    return next(name for name in names if not unavailable(name, operation, device, fmt))
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,396 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Store in Triton: rotation, scale search, scale rule and packing of keys and values in one launch.
+
+A program takes some tokens of one KV head and one side. Words whose bits belong to several slots are changed by their owners alone,
+each with one atomic XOR of (word ^ new) & bits; whole words are written plainly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvturbo.codebook import CODEBOOKS
+from kvturbo.config import SIDES, KVFormat
+from kvturbo.layout import PageLayout
+from kvturbo.ops import triton_common as common
+from kvturbo.ops.triton_common import exact_dot, key_word, value_word, words_at
+
+ROWS = 16
+SEARCH = tl.constexpr((0.88, 0.94, 1.0, 1.06, 1.12))
+THRESHOLDS2 = tl.constexpr(CODEBOOKS[2].thresholds)
+THRESHOLDS3 = tl.constexpr(CODEBOOKS[3].thresholds)
+THRESHOLDS4 = tl.constexpr(CODEBOOKS[4].thresholds)
+T2 = tl.constexpr(CODEBOOKS[2].T)
+T3 = tl.constexpr(CODEBOOKS[3].T)
+T4 = tl.constexpr(CODEBOOKS[4].T)
+
+
+@triton.jit
+def _indices(size, unit, BITS: tl.constexpr):
+    """Magnitude indices of |y| [rows, n] by bisection; unit [rows] is the scale over T."""
+    u = unit[:, None]
+    if BITS == 4:
+        high = size > THRESHOLDS4[3] * u
+        middle = size > tl.where(high, THRESHOLDS4[5] * u, THRESHOLDS4[1] * u)
+        upper = tl.where(middle, THRESHOLDS4[6] * u, THRESHOLDS4[4] * u)
+        lower = tl.where(middle, THRESHOLDS4[2] * u, THRESHOLDS4[0] * u)
+        low = size > tl.where(high, upper, lower)
+        index = high.to(tl.uint32) * 4 + middle.to(tl.uint32) * 2 + low.to(tl.uint32)
+    elif BITS == 3:
+        high = size > THRESHOLDS3[1] * u
+        low = size > tl.where(high, THRESHOLDS3[2] * u, THRESHOLDS3[0] * u)
+        index = high.to(tl.uint32) * 2 + low.to(tl.uint32)
+    else:
+        index = (size > THRESHOLDS2[0] * u).to(tl.uint32)
+    return index
+
+
+@triton.jit
+def _magnitudes(index, BITS: tl.constexpr):
+    """Levels of magnitude indices in units of 1/T, fp32."""
+    if BITS == 4:
+        table = tl.full(index.shape, common.TABLE4, tl.uint64)
+        level = ((table >> (index * 8).to(tl.uint64)).to(tl.uint32) & 0xFF).to(tl.int32).to(tl.float32) * 0.5
+    elif BITS == 3:
+        table = tl.full(index.shape, common.TABLE3, tl.uint64)
+        level = ((table >> (index * 8).to(tl.uint64)).to(tl.uint32) & 0xFF).to(tl.int32).to(tl.float32) - 127.5
+    else:
+        table = tl.full(index.shape, common.TABLE2, tl.uint32)
+        level = ((table >> (index * 8)) & 0xFF).to(tl.int32).to(tl.float32) - 127.5
+    return level
+
+
+@triton.jit
+def _half_scale(scale):
+    """fp32 scales to fp16: at most 65504, 0 below 2^-24, NaN stays NaN."""
+    scale = tl.where(scale < 5.9604644775390625e-08, 0.0, scale)
+    return tl.where(scale > 65504.0, 65504.0, scale).to(tl.float16)
+
+
+@triton.jit
+def _encode(y, m_column, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr):
+    """Magnitude indices, signs and fp16 scales of rotated vectors y [rows, n]; places outside m_column are 0."""
+    size = tl.abs(y)
+    energy = tl.sum(y * y, 1)
+    rms = tl.sqrt_rn(tl.div_rn(energy, tl.full(energy.shape, D, tl.float32)))
+    T: tl.constexpr = T4 if BITS == 4 else (T3 if BITS == 3 else T2)
+    INVERSE: tl.constexpr = 1 / T
+    unit = rms * INVERSE
+    if BITS > 2:
+        score = tl.full(energy.shape, float("-inf"), tl.float32)
+        dot = energy
+        cc = energy
+        best = unit
+        for j in tl.static_range(5):
+            candidate = rms * SEARCH[j] * INVERSE
+            level = _magnitudes(_indices(size, candidate, BITS), BITS)
+            new_dot = tl.sum(size * level, 1)
+            new_cc = tl.sum(tl.where(m_column, level * level, 0.0), 1)
+            new_score = tl.div_rn(new_dot * new_dot, new_cc)
+            if j == 0:
+                score, dot, cc, best = new_score, new_dot, new_cc, candidate
+            else:
+                better = new_score > score
+                score = tl.where(better, new_score, score)
+                dot = tl.where(better, new_dot, dot)
+                cc = tl.where(better, new_cc, cc)
+                best = tl.where(better, candidate, best)
+        unit = best
+    index = _indices(size, unit, BITS)
+    if BITS == 2:
+        level = _magnitudes(index, BITS)
+        dot = tl.sum(size * level, 1)
+        cc = tl.sum(tl.where(m_column, level * level, 0.0), 1)
+    if RULE == "least_squares":
+        scale = tl.div_rn(dot, cc) * T
+    elif RULE == "norm":
+        scale = tl.sqrt_rn(tl.div_rn(energy, cc)) * T
+    else:
+        scale = tl.where(energy > 0, tl.div_rn(energy, dot) * T, 0.0)
+    scale = tl.where(energy < float("inf"), scale, float("nan"))
+    return index, (y < 0).to(tl.uint32), _half_scale(scale)
+
+
+@triton.jit
+def _encode_int8(y):
+    """Symmetric int8 bytes (uint32) of y [rows, n], and fp16 steps."""
+    size = tl.abs(y)
+    wrong = tl.sum((size < float("inf")).to(tl.int32) - 1, 1) < 0
+    step = _half_scale(tl.where(wrong, float("nan"), tl.max(size, 1) / 127))
+    divisor = step.to(tl.float32)[:, None]
+    ratio = tl.minimum(tl.maximum(tl.div_rn(y, tl.broadcast_to(divisor, y.shape)), -127.0), 127.0)
+    ratio = tl.where(divisor > 0, ratio, 0.0)
+    code = (ratio + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
+    return code.to(tl.int32).to(tl.uint32, bitcast=True) & 0xFF, step
+
+
+@triton.jit
+def _put(pointer, new, bits, mask):
+    """Changes `bits` of shared words to those of `new`; other bits may be changed by others at the same time."""
+    old = tl.load(pointer, mask=mask, other=0)
+    tl.atomic_xor(pointer, (old ^ new) & bits, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _rotate(
+    x, matrix, outlier_channels, m_row, N: tl.constexpr, PLACES: tl.constexpr, OUTLIERS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """x [ROWS, D] at pointers, outlier channels zeroed, times the rotation: [ROWS, N] fp32, without the factor."""
+    place = tl.arange(0, N)
+    y = tl.zeros((ROWS, N), tl.float32)
+    STEP: tl.constexpr = DV if DV < 64 else 64
+    for start in range(0, D, STEP):
+        c = start + tl.arange(0, STEP)
+        m_x = m_row[:, None] & (c < D)[None, :]
+        part = tl.load(x[:, None] + c[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if OUTLIERS > 0:
+            for i in range(OUTLIERS):
+                part = tl.where(c[None, :] == tl.load(outlier_channels + i), 0.0, part)
+        m_matrix = (c < D)[:, None] & (place < PLACES)[None, :]
+        b_matrix = tl.load(matrix + place[None, :] * D + c[:, None], mask=m_matrix, other=0.0).to(DOT)
+        if EXACT:
+            y = tl.dot(part.to(DOT), b_matrix, y)
+        else:
+            y = exact_dot(part, b_matrix, y, DOT)
+    return y
+
+
+@triton.jit
+def _unit_words(codes, e, U: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr):
+    """The sum over a unit's elements of codes [ROWS, 8 U] << STRIDE * e: [ROWS, U]."""
+    shifted = tl.reshape(codes << (e * STRIDE).to(tl.uint32)[None, :], (ROWS, 8 // PACK, U, PACK))
+    return tl.sum(tl.sum(shifted, 3), 1)
+
+
+@triton.jit
+def _store_outliers(
+    x, base, slot, m_row, outlier_channels, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr, OUT_SCALE: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, OUTLIERS)
+    channel = tl.load(outlier_channels + i)
+    values = tl.load(x[:, None] + channel[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
+    code, step = _encode_int8(values)
+    words = tl.sum(tl.reshape(code << (i % 4 * 8).to(tl.uint32)[None, :], (ROWS, OUTLIERS // 4, 4)), 2)
+    w = tl.arange(0, OUTLIERS // 4)
+    address, _ = key_word(slot[:, None], (w % 4)[None, :], 8, 1, OUTLIERS, P)
+    tl.store(words_at(base + OUT_CODES)[:, None] + address + (w // 4)[None, :], words, mask=m_row[:, None])
+    tl.store((base + OUT_SCALE).to(tl.pointer_type(tl.float16)) + slot, step, mask=m_row)
+
+
+@triton.jit
+def _store_keys(
+    x, base, slot, m_row, matrix, outlier_channels, norm,
+    D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
+    RULE: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALE: tl.constexpr, OUTLIERS: tl.constexpr,
+    OUT_CODES: tl.constexpr, OUT_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Encodes keys of tokens [ROWS] and writes them into their slots."""
+    U: tl.constexpr = 4 * SP
+    N: tl.constexpr = 8 * U
+    HALF: tl.constexpr = D % 32 == 16
+    place = tl.arange(0, N)
+    u_place = place % (U * PACK) // PACK
+    e = place // (U * PACK) * PACK + place % PACK
+    step_place = u_place % SP
+    m_place = (step_place < D // 32) | ((step_place == D // 32) & (e < 4) & HALF)
+    y = _rotate(x, matrix, outlier_channels, m_row, N, N, OUTLIERS, D, DV, ROWS, EXACT, DOT) * norm
+    u = tl.arange(0, U)
+    is_half = ((u % SP == D // 32) & HALF)[None, :]
+    m_unit = m_row[:, None] & ((u % SP < D // 32) | ((u % SP == D // 32) & HALF))[None, :]
+    odd = (slot // 2 % 2)[:, None]
+    codes = words_at(base + K_CODES)[:, None]
+    if KB == 8:
+        code, scale = _encode_int8(y)
+        address, _ = key_word(slot[:, None], u[None, :], 8, SP, D, P)
+        first = _unit_words(tl.where((e < 4)[None, :], code, 0), e, U, PACK, ROWS, 8)
+        second = _unit_words(tl.where((e >= 4)[None, :], code, 0), e - 4 * (e >= 4).to(tl.int32), U, PACK, ROWS, 8)
+        tl.store(codes + address, first, mask=m_unit)
+        tl.store(codes + address + 1, second, mask=m_unit & (is_half == 0))
+    else:
+        index, negative, scale = _encode(y, m_place[None, :], KB, RULE, D)
+        if KB == 4:
+            word = _unit_words(index, e, U, PACK, ROWS, 4)
+            sign = _unit_words(negative, tl.where(e < 4, 8 * e + 7, 8 * e - 29), U, PACK, ROWS, 1)
+            address, _ = key_word(slot[:, None], u[None, :], 4, SP, D, P)
+            if HALF:
+                shift = (16 * odd).to(tl.uint32)
+                half_word = (word << shift) | (sign >> (4 * odd).to(tl.uint32))
+                half_bits = tl.full(word.shape, 0x7777, tl.uint32) << shift
+                half_bits |= tl.full(word.shape, 0x80808080, tl.uint32) >> (4 * odd).to(tl.uint32)
+                _put(codes + address, half_word, half_bits, m_unit & is_half)
+            tl.store(codes + address, word | sign, mask=m_unit & (is_half == 0))
+        else:
+            two = index if KB == 3 else index + negative * 2
+            bits = tl.where(is_half, tl.full((ROWS, U), 0x3333, tl.uint32), 0x33333333)
+            address, shift = key_word(slot[:, None], u[None, :], 2, SP, D, P)
+            shift = shift.to(tl.uint32)
+            _put(codes + address, _unit_words(two, e, U, PACK, ROWS, 4) << shift, bits << shift, m_unit)
+            if KB == 3:
+                bits = tl.where(is_half, tl.full((ROWS, U), 0x1111, tl.uint32), 0x11111111)
+                address, shift = key_word(slot[:, None], u[None, :], 1, SP, D, P)
+                shift = shift.to(tl.uint32)
+                signs = words_at(base + K_SIGNS)[:, None]
+                _put(signs + address, _unit_words(negative, e, U, PACK, ROWS, 4) << shift, bits << shift, m_unit)
+    tl.store((base + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, scale, mask=m_row)
+    if OUTLIERS > 0:
+        _store_outliers(x, base, slot, m_row, outlier_channels, OUTLIERS, OUT_CODES, OUT_SCALE, P, ROWS)
+
+
+@triton.jit
+def _first_of_8(x, ROWS: tl.constexpr):
+    """Every eighth of x [ROWS]: [ROWS / 8]."""
+    first = (tl.arange(0, 8) == 0)[None, :]
+    return tl.sum(tl.where(first, tl.reshape(x, (ROWS // 8, 8)), 0), 1)
+
+
+@triton.jit
+def _put_values(
+    plane, offset, slot, codes, bits, m_single, m_group,
+    WIDTH: tl.constexpr, UNIT_BITS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes one plane of values: groups that fill 8 slots as units, the other tokens code by code.
+
+    Args:
+        plane: where the plane lies in page 0; offset [ROWS]: how many bytes further each token's page is.
+        codes, bits: [ROWS, DV] and [ROWS, 1], where they lie in a unit.
+        m_single: [ROWS], tokens to write code by code; m_group: [ROWS / 8], groups to write whole.
+        UNIT_BITS: all bits of a unit.
+    """
+    column = tl.arange(0, DV)[None, :]
+    if tl.sum(m_single.to(tl.int32), 0) > 0:
+        address, shift = value_word((slot // 8)[:, None], column, WIDTH, D, P)
+        shift = shift.to(tl.uint32)
+        pointer = words_at(plane + offset)[:, None] + address
+        _put(pointer, codes << shift, bits << shift, m_single[:, None] & (column < D))
+    if tl.sum(m_group.to(tl.int32), 0) > 0:
+        units = tl.sum(tl.reshape(codes, (ROWS // 8, 8, DV)), 1)
+        address, shift = value_word((_first_of_8(slot, ROWS) // 8)[:, None], column, WIDTH, D, P)
+        shift = shift.to(tl.uint32)
+        pointer = words_at(plane + _first_of_8(offset, ROWS))[:, None] + address
+        mask = m_group[:, None] & (column < D)
+        if WIDTH == 4:
+            tl.store(pointer, units, mask=mask)
+        else:
+            _put(pointer, units << shift, tl.full(units.shape, UNIT_BITS, tl.uint32) << shift, mask)
+
+
+@triton.jit
+def _store_values(
+    x, pages, offset, slot, m_row, matrix, norm,
+    D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, RULE: tl.constexpr, V_CODES: tl.constexpr,
+    V_SIGNS: tl.constexpr, V_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Encodes values of tokens [ROWS] and writes them into their slots."""
+    y = _rotate(x, matrix, matrix, m_row, DV, D, 0, D, DV, ROWS, EXACT, DOT) * norm
+    index, negative, scale = _encode(y, (tl.arange(0, DV) < D)[None, :], VB, RULE, D)
+    tl.store((pages + offset + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, scale, mask=m_row)
+
+    r = tl.arange(0, ROWS)
+    place = offset * P + slot  # neighbouring slots of a page are neighbours here
+    start = tl.reshape(tl.broadcast_to(_first_of_8(place, ROWS)[:, None], (ROWS // 8, 8)), (ROWS,))
+    in_order = m_row & (place == start + r % 8) & (slot % 8 == r % 8)
+    m_group = tl.sum(tl.reshape(in_order.to(tl.int32), (ROWS // 8, 8)), 1) == 8
+    whole = tl.reshape(tl.broadcast_to(m_group.to(tl.int32)[:, None], (ROWS // 8, 8)), (ROWS,))
+    m_single = m_row & (whole == 0)
+    element = (slot % 8)[:, None]
+    nibble = (4 * element).to(tl.uint32)
+    if VB == 4:
+        sign = tl.where(element < 4, 8 * element + 7, 8 * element - 29).to(tl.uint32)
+        bits = (tl.full((ROWS, 1), 7, tl.uint32) << nibble) | (tl.full((ROWS, 1), 1, tl.uint32) << sign)
+        codes = (index << nibble) | (negative << sign)
+        _put_values(pages + V_CODES, offset, slot, codes, bits, m_single, m_group, 4, 0xFFFFFFFF, D, P, DV, ROWS)
+    else:
+        two = index if VB == 3 else index + negative * 2
+        bits = tl.full((ROWS, 1), 3, tl.uint32) << nibble
+        _put_values(
+            pages + V_CODES, offset, slot, two << nibble, bits, m_single, m_group, 2, 0x33333333, D, P, DV, ROWS
+        )
+        if VB == 3:
+            bits = tl.full((ROWS, 1), 1, tl.uint32) << nibble
+            _put_values(
+                pages + V_SIGNS,
+                offset,
+                slot,
+                negative << nibble,
+                bits,
+                m_single,
+                m_group,
+                1,
+                0x11111111,
+                D,
+                P,
+                DV,
+                ROWS,
+            )
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "stride_page"],
+    do_not_specialize_on_alignment=["k", "v", "slot_mapping", "outlier_channels"],
+)
+def _store(
+    k, v, pages, slot_mapping, outlier_channels, k_matrix, v_matrix,
+    num_tokens, k_stride_t, k_stride_h, v_stride_t, v_stride_h, stride_page, k_norm, v_norm,
+    D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
+    VB: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, V_CODES: tl.constexpr, V_SIGNS: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr,
+    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
+    ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one KV head, keys or values."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    position = tl.load(slot_mapping + row, mask=row < num_tokens, other=-1)
+    m_row = position >= 0
+    position = tl.maximum(position, 0)
+    slot = (position % P).to(tl.int32)
+    offset = position // P * stride_page * 16 + head.to(tl.int64) * PAGE_BYTES
+    token = row.to(tl.int64)
+    if tl.program_id(2) == 0:
+        _store_keys(
+            k + token * k_stride_t + head.to(tl.int64) * k_stride_h, pages + offset, slot, m_row, k_matrix,
+            outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_matrix, k_norm,
+            D, P, SP, PACK, DV, KB, K_RULE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
+        )  # fmt: skip
+    else:
+        _store_values(
+            v + token * v_stride_t + head.to(tl.int64) * v_stride_h, pages, offset, slot, m_row, v_matrix, v_norm,
+            D, P, DV, VB, V_RULE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
+        )  # fmt: skip
+
+
+def store(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slot_mapping: Tensor,
+    *,
+    fmt: KVFormat,
+    outlier_channels: Tensor | None = None,
+) -> None:
+    """See `kvturbo.ops.store`. Computes in fp32.
+
+    Raises:
+        ValueError: pages are not aligned to 16 bytes.
+    """
+    common.check_pages(pages)
+    tokens, heads = k.shape[:2]
+    if not tokens:
+        return
+    k, v = common.rows_contiguous(k), common.rows_contiguous(v)
+    k_matrix, v_matrix = (
+        common.rotation_matrix(fmt.head_dim, fmt.seed, side, fmt.side(side).rotate, k.device) for side in SIDES
+    )
+    _store[(-(-tokens // ROWS), heads, 2)](
+        k, v, pages, slot_mapping, outlier_channels, k_matrix, v_matrix,
+        tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0) // 16,
+        common.norm(fmt.head_dim, fmt.k.rotate), common.norm(fmt.head_dim, fmt.v.rotate),
+        **common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2])), PAGE_BYTES=pages.shape[2],
+        K_RULE=fmt.k.parts[0].rule, V_RULE=fmt.v.parts[0].rule, ROWS=ROWS,
+        EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=8, num_stages=1,
+    )  # fmt: skip
