@@ -1,0 +1,134 @@
+"""Compiles CUDA sources with NVRTC (through cuda.core), caches the machine code on disk, loads and launches kernels.
+
+No nvcc and no headers are needed. A cached file is named by a hash of everything that went into it, is written to a temporary
+file and renamed, and carries a digest that is verified when it is read; processes never wait for one another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DIGEST_BYTES = 32
+
+
+class CudaError(RuntimeError):
+    """A CUDA driver call failed; the message names the call and the error."""
+
+
+def arch_of(device: torch.device) -> str:
+    """The compile target of a device, such as `sm_90a`: the architecture-specific one from Hopper on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def cache_folder() -> Path:
+    """Where machine code is cached: `kvturbo` in XDG_CACHE_HOME or ~/.cache, private to the user."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvturbo"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def compile_source(source: str, arch: str, macros: dict[str, int | str]) -> tuple[bytes, str]:
+    """Compiles without looking into the cache.
+
+    Args:
+        source: CUDA C++.
+        arch: such as `sm_90a`.
+        macros: names and values.
+
+    Returns:
+        The cubin, and the assembler's report (registers, spills).
+
+    Raises:
+        cuda.core's NVRTCError: the source does not compile.
+    """
+    import io
+
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch=arch,
+        std="c++17",
+        use_fast_math=True,
+        ptxas_options="-v",
+        define_macro=[(name, str(value)) for name, value in macros.items()] or None,
+    )
+    report = io.StringIO()
+    code = Program(source, "c++", options).compile("cubin", logs=report).code
+    return bytes(code), report.getvalue().rstrip("\0")
+
+
+def compiled(source: str, arch: str, macros: dict[str, int | str]) -> bytes:
+    """The cubin of a source, from the cache or compiled now and cached; arguments as for `compile_source`."""
+    key = hashlib.sha256(repr((source, arch, sorted(macros.items()), _nvrtc_version())).encode()).hexdigest()
+    path = cache_folder() / f"{key}.cubin"
+    if path.exists():
+        data = path.read_bytes()
+        code = data[_DIGEST_BYTES:]
+        if hashlib.sha256(code).digest() == data[:_DIGEST_BYTES]:
+            return code
+    code, _ = compile_source(source, arch, macros)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        file.write(hashlib.sha256(code).digest() + code)
+    os.replace(temporary, path)
+    return code
+
+
+class Kernel:
+    """A loaded kernel that takes one struct by value.
+
+    Args:
+        code: a cubin.
+        name: the kernel's name in it.
+        device: where it will run.
+        shared_bytes: dynamic shared memory per CTA.
+    """
+
+    def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int = 0) -> None:
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream(device)  # the device's context must exist before a library is loaded
+        self._driver, self.shared_bytes = driver, shared_bytes
+        self._library = _checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0))
+        kernel = _checked(driver.cuLibraryGetKernel(self._library, name.encode()))
+        self._function = _checked(driver.cuKernelGetFunction(kernel))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+
+    def ctas_per_sm(self, threads: int) -> int:
+        """How many CTAs of that many threads fit on a multiprocessor at once."""
+        count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes)
+        return int(_checked(count))
+
+    def launch(self, grid: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
+        """Launches on a stream (its handle). The parameters are copied before this returns."""
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        _checked(
+            self._driver.cuLaunchKernel(
+                self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointer), 0
+            )
+        )
+
+
+@lru_cache(maxsize=1)
+def _nvrtc_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    error, *values = result
+    if int(error):
+        raise CudaError(f"CUDA driver error {error!r}")
+    return values[0] if values else None

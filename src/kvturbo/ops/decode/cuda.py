@@ -1,0 +1,301 @@
+"""Decode on int8 tensor cores: builds, schedules and launches decode.cu and schedule.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvturbo.config import KVFormat
+from kvturbo.cuda.jit import Kernel, arch_of, compiled
+from kvturbo.cuda.source import TYPES, page_macros, pointer, sign_words, source
+from kvturbo.layout import PageLayout
+
+_FOLDER = Path(__file__).parent
+_LOG2E = 1.4426950408889634
+_CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
+_FEW_TASKS = 64
+_STATIC_SHARED_BYTES = 2048  # at most, of decode.cu
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a decode kernel is compiled for.
+
+    Attributes:
+        fmt, page_size: the pages.
+        group: query heads per KV head.
+        q_type, out_type: 0 bf16, 1 fp16, 2 fp32.
+        row_tiles: tiles of 4 query rows (query heads of a KV head times q_len) that share one decoding of the codes.
+        step: slots that a warp takes at once.
+        warps, stages: per CTA, and steps in flight per warp.
+        ctas_per_sm: CTAs per multiprocessor that registers are limited for.
+    """
+
+    fmt: KVFormat
+    page_size: int
+    group: int
+    q_type: int
+    out_type: int
+    row_tiles: int
+    step: int
+    warps: int
+    stages: int
+    ctas_per_sm: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a task."""
+        return 4 * self.row_tiles
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats of a partial result: the output and two numbers per row."""
+        return self.rows * (self.fmt.head_dim + 2)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: the rings, in which the warps' results lie later, and the queries."""
+        pages = self.step // self.page_size
+        page_bytes = PageLayout.of(self.fmt, self.page_size).page_bytes
+        stride = (page_bytes + 63) // 128 * 128 + 64 if self.page_size == 16 else page_bytes
+        stage = (pages * stride + 127) // 128 * 128
+        results = self.warps * self.rows * (self.fmt.head_dim + 8) * 4
+        k_steps = -(-self.fmt.head_dim // 32)
+        queries = self.row_tiles * (k_steps + 1) * 256 + 3 * self.rows * 4
+        return max(self.warps * self.stages * stage, results) + queries
+
+    def macros(self) -> dict[str, int | str]:
+        """The macros decode.cu is compiled with."""
+        return page_macros(self.fmt, self.page_size) | {
+            "GROUP": self.group,
+            "NT": self.row_tiles,
+            "STEP": self.step,
+            "NW": self.warps,
+            "ST": self.stages,
+            "MIN_CTAS": self.ctas_per_sm,
+            "Q_TYPE": self.q_type,
+            "OUT_TYPE": self.out_type,
+        }
+
+    def source(self) -> str:
+        """The text that is compiled."""
+        return source(_FOLDER / "decode.cu", self.fmt.head_dim)
+
+
+def variant_for(
+    fmt: KVFormat,
+    page_size: int,
+    q_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    group: int,
+    q_len: int = 1,
+    tasks: int = 0,
+    shared_limit: int = 0,
+) -> Variant:
+    """The kernel for a call.
+
+    Args:
+        fmt, page_size: the pages.
+        q_dtype, out_dtype: bf16, fp16 or fp32.
+        group, q_len: query heads per KV head, and queries per sequence.
+        tasks: sequences times KV heads (0: not known).
+        shared_limit: bytes of shared memory that a CTA may have (0: not known).
+    """
+    wide = fmt.head_dim > 128
+    row_tiles = min(2 if wide else 4, -(-group * q_len // 4))
+    heavy = row_tiles > 2
+    step = max(page_size, 32 if wide else 64)
+    ctas = 1 if wide and page_size == 64 else 2 if wide or heavy else 3
+    types = TYPES[q_dtype], TYPES[out_dtype]
+    usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 2, ctas)
+    # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
+    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 3, 1)
+    few = 0 < tasks <= _FEW_TASKS and not heavy and not wide
+    return large if few and large.shared_bytes + _STATIC_SHARED_BYTES <= shared_limit else usual
+
+
+class _Params(ctypes.Structure):
+    """`Params` of decode.cu."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "pages", "block_table", "seq_lens", "q_lens", "seq_starts", "sinks")
+        ),
+        *((name, ctypes.c_void_p) for name in ("outlier_channels", "plan", "workspace", "counters", "out", "lse")),
+        ("block_stride", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("table_stride", "batch", "rows", "kv_heads", "window")),
+        ("scale_log2", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("signs", ctypes.c_uint32 * 8),
+    )
+
+
+class _ScheduleParams(ctypes.Structure):
+    """`Params` of schedule.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("seq_lens", "q_lens", "seq_starts", "plan")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("batch", "window", "kv_heads", "group", "rows", "step", "ctas", "min_chunk")
+        ),
+    )
+
+
+@lru_cache(maxsize=8)
+def _shared_limit(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+_LOADED: dict[tuple[Variant, torch.device], tuple[Kernel, Kernel, int]] = {}
+
+
+def _kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, int]:
+    """The decode kernel, the schedule kernel and the number of CTAs.
+
+    Raises:
+        RuntimeError: they are not loaded yet and a CUDA graph is being captured.
+    """
+    key = variant, device
+    if key not in _LOADED:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a decode kernel must be loaded before a graph is captured: call decode once with such tensors"
+            )
+        arch = arch_of(device)
+        decode = Kernel(compiled(variant.source(), arch, variant.macros()), "decode", device, variant.shared_bytes)
+        plan = Kernel(compiled((_FOLDER / "schedule.cu").read_text(), arch, {}), "schedule", device)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        _LOADED[key] = decode, plan, sms * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32))
+    return _LOADED[key]
+
+
+class Schedule:
+    """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
+
+    The workspace does not grow with the pool or the context: 2 partial results per chunk, 3 chunks per CTA; for head_dim 128
+    on a GPU with 132 multiprocessors at most 2 * 3 * 396 * 8 * 130 * 4 bytes = 9.9 MB.
+
+    Args:
+        variant: the kernel it is for.
+        batch: number of sequences.
+        kv_heads: KV heads per layer.
+        device: the GPU.
+    """
+
+    def __init__(self, variant: Variant, batch: int, kv_heads: int, device: torch.device) -> None:
+        self.variant, self.batch, self.kv_heads, self.device = variant, batch, kv_heads, device
+        self.window: int | None = None
+        self._decode, self._plan, self.ctas = _kernels(variant, device)
+        chunks = _CHUNKS_PER_CTA * self.ctas
+        ints = 8 + 8 * chunks + 2 * (batch + 1)
+        self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
+        self.workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(1 + chunks, dtype=torch.int32, device=device)
+
+    def update(
+        self,
+        seq_lens: Tensor,
+        q_lens: Tensor | None = None,
+        seq_starts: Tensor | None = None,
+        window: int | None = None,
+    ) -> None:
+        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode`."""
+        self.window = window
+        parameters = _ScheduleParams(
+            seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts), self.plan.data_ptr(), self.batch, window or 0,
+            self.kv_heads, self.variant.group, self.variant.rows, self.variant.step, self.ctas, self.variant.warps,
+        )  # fmt: skip
+        self._plan.launch(1, 1024, parameters, torch.cuda.current_stream(self.device).cuda_stream)
+
+    def launch(self, parameters: _Params) -> None:
+        """Launches the decode kernel on the current stream."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._decode.launch(self.ctas, self.variant.warps * 32, parameters, stream)
+
+
+@lru_cache(maxsize=64)
+def _own_schedule(variant: Variant, batch: int, kv_heads: int, device: torch.device, stream: int) -> Schedule:
+    return Schedule(variant, batch, kv_heads, device)
+
+
+def make_schedule(
+    q: Tensor, pages: Tensor, seq_lens: Tensor, *, fmt: KVFormat, out_dtype: torch.dtype | None = None
+) -> Schedule:
+    """A schedule for decode calls with such tensors; call its `update` once per step, before the step's decodes.
+
+    Args:
+        q, pages, seq_lens, fmt: as in `kvturbo.ops.decode`.
+        out_dtype: of the outputs (default: q's).
+    """
+    return Schedule(_variant(q, pages, seq_lens, fmt, out_dtype or q.dtype), len(seq_lens), pages.shape[1], q.device)
+
+
+def _variant(q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtype: torch.dtype) -> Variant:
+    for name, dtype in (("q", q.dtype), ("out", out_dtype)):
+        if dtype not in TYPES:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, TYPES))} for the cuda backend, got {dtype}")
+    batch, kv_heads = len(seq_lens), pages.shape[1]
+    q_len = -(-q.shape[0] // max(1, batch))
+    return variant_for(
+        fmt, PageLayout.page_size_of(fmt, pages.shape[2]), q.dtype, out_dtype, q.shape[1] // kv_heads, q_len,
+        batch * kv_heads, _shared_limit(q.device),
+    )  # fmt: skip
+
+
+def _schedule(variant: Variant, batch: int, kv_heads: int, device: torch.device) -> Schedule:
+    """This stream's schedule; a captured graph gets one of its own, in its own memory."""
+    if torch.cuda.is_current_stream_capturing():
+        return Schedule(variant, batch, kv_heads, device)
+    return _own_schedule(variant, batch, kv_heads, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    q_lens: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    outlier_channels: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """See `kvturbo.ops.decode`; writes into out and returns lse."""
+    tokens, heads, _ = q.shape
+    batch, kv_heads = len(seq_lens), pages.shape[1]
+    variant = _variant(q, pages, seq_lens, fmt, out.dtype)
+    if schedule is None:
+        schedule = _schedule(variant, batch, kv_heads, q.device)
+        schedule.update(seq_lens, q_lens, seq_starts, window)
+    elif (schedule.variant, schedule.batch, schedule.kv_heads, schedule.window) != (variant, batch, kv_heads, window):
+        raise ValueError(
+            f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
+        )
+    if not out.is_contiguous() or block_table.stride(1) != 1:
+        raise ValueError(
+            f"out must be contiguous and block_table's rows too, got strides {out.stride()}, {block_table.stride()}"
+        )
+    q, lse = q.contiguous(), torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    schedule.launch(
+        _Params(
+            q.data_ptr(), pages.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), pointer(q_lens),
+            pointer(seq_starts), pointer(sinks), pointer(outlier_channels), schedule.plan.data_ptr(),
+            schedule.workspace.data_ptr(), schedule.counters.data_ptr(), out.data_ptr(), lse.data_ptr(), pages.stride(0),
+            block_table.stride(0), batch, tokens, kv_heads, window or 0, scale * _LOG2E, (soft_cap or 0.0) * _LOG2E,
+            sign_words(fmt.head_dim, fmt.seed),
+        )
+    )  # fmt: skip
+    return lse

@@ -1,0 +1,653 @@
+// Decode attention on packed pages with int8 tensor cores (mma.sync m16n8k32 s8), one launch.
+//
+// Tile. All steps of all tasks lie in one row; a step is STEP slots of a (sequence, KV head, block of ROWS query rows) task. A CTA of
+// NW warps takes one big chunk of steps and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, each
+// with its own ring of ST stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
+// chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so the result does
+// not depend on timing. ROWS = 4 * NT: query and probability are 15-bit fixed point, 128 * hi + lo.
+//
+// Layout. Page planes as in docs/page.md; offsets come as macros. Lane (g, t) = (lane / 4, lane % 4). Tokens and channels are the MMA's
+// M: the codes are A, decoded once for all rows; the queries are B, a tile of 4 rows with hi and lo in neighbouring columns, so that
+// lane (g, t) gets both halves of row t's scores: those of slots 8 (g / 2) + 2 j + g % 2, j = 0..3, of a group of 32. For P V (A the
+// V codes, M the channels) the probabilities change places through two shuffles per group: column g wants slots 8 t .. 8 t + 7.
+// A level is i + 1/2 with the int8 i = m or ~m, so a product with q is sum q i + 1/2 sum q: one constant per row.
+//
+// Budget per step of 64 slots, head_dim 128, 4 bits, NT = 1, per warp: 8,448 bytes; 64 units of 8 codes at 9 instructions (8 on the
+// integer pipe), 34 MMA, 32 shared loads, about 13 instructions for each of 8 scores and 3 for each of 16 accumulators.
+//
+// kvturbo.cuda.source puts common.cuh and its tables before this text.
+
+constexpr int ROWS = 4 * NT;
+constexpr int PER_PAIR = 2 * KSTEPS + KTAIL;  // units of the two slots s, s + 2
+constexpr int GROUPS = STEP / 32;           // groups of 32 slots per step
+constexpr int PAGES = STEP / PAGE;          // pages per step
+// 16-slot pages want a stride of 64 modulo 128 bytes: then the V loads of a quarter warp, which spans two pages, meet no bank twice
+constexpr int STRIDE = PAGE == 16 ? (PAGE_BYTES + 63) / 128 * 128 + 64 : PAGE_BYTES;
+constexpr int STAGE = (PAGES * STRIDE + 127) / 128 * 128;
+constexpr int RING = NW * ST * STAGE, LINE = D + 8, RESULTS = NW * ROWS * LINE * 4;
+constexpr int QUERIES_AT = ((RING > RESULTS ? RING : RESULTS) + 15) / 16 * 16;
+constexpr int PART = ROWS * (D + 2);        // floats of a partial result: O, then m and l per row
+constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise passes
+constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
+constexpr float Q_MAX = 16256.f;            // 127 * 128
+constexpr float MAGIC = 8388608.f;          // 2^23: adding it leaves an integer in the low mantissa bits
+
+struct Params {
+  const void* q;              // [T, kv_heads * GROUP, D]
+  const u8* pages;
+  const int* block_table;     // [B, table_stride]
+  const int* seq_lens;        // [B]
+  const int* q_lens;          // [B] or null: 1 each
+  const int* seq_starts;      // [B] or null
+  const float* sinks;         // [kv_heads * GROUP] or null
+  const i64* outlier_channels;  // [kv_heads, OUTLIERS] or null
+  const int* plan;            // see schedule.cu
+  float* workspace;           // [2 * chunks, PART]
+  u32* counters;              // tickets, then arrivals by chunk: zero between launches
+  void* out;                  // [T, kv_heads * GROUP, D]
+  float* lse;                 // [T, kv_heads * GROUP]
+  i64 block_stride;           // bytes from block to block
+  int table_stride, batch, rows, kv_heads, window;
+  float scale_log2, soft_cap;
+  u32 signs[8];               // bit c set: sigma_c = -1
+};
+
+DEV bool elect() {  // one lane of the warp, known to the compiler as such
+#if __CUDA_ARCH__ >= 900
+  u32 one;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xffffffff; selp.b32 %0,1,0,p;}" : "=r"(one));
+  return one;
+#else
+  return (threadIdx.x & 31) == 0;
+#endif
+}
+DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+DEV float rows_max(float x) {  // over the lanes with the same t
+  UNROLL for (int h = 4; h < 32; h *= 2) x = max_nan(x, __shfl_xor_sync(~0u, x, h));
+  return x;
+}
+DEV float rows_sum(float x) {
+  UNROLL for (int h = 4; h < 32; h *= 2) x += __shfl_xor_sync(~0u, x, h);
+  return x;
+}
+DEV void mma32(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEV void mma32_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // c = a b
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+}
+DEV void mma16(int* c, u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+
+// ---- units -------------------------------------------------------------------------------------------------------------------------
+
+// One lane's units of one octet, decoded one after another; words are loaded when their run begins.
+template <int BITS, bool VALUES> struct Units {
+  static constexpr int WIDE = BITS == 8 ? 2 * UNITS : BITS == 4 ? UNITS : UNITS / 2;  // words of the wide plane
+  static constexpr int FULL = BITS == 3 ? UNITS / 4 : 0;                              // unshared words of the sign plane
+  u32 w[WIDE], s[BITS == 3 ? FULL + 1 : 1];
+  const u8 *codes, *signs;
+  int octet, lane8;
+  DEV void at(const u8* page, int octet_, int lane8_) {
+    codes = page + (VALUES ? V_CODES : K_CODES);
+    signs = page + (VALUES ? V_SIGNS : K_SIGNS);
+    octet = octet_; lane8 = lane8_;
+  }
+  DEV void load_wide(int m) { const int n = run_length(m, WIDE); if (n) load_run(run_at<VALUES, WIDE>(codes, octet, lane8, m, n), n, w + m); }
+  DEV void load_signs(int m) {
+    const int n = run_length(m, FULL);
+    if (m < FULL) { if (n) load_run(run_at<VALUES, FULL>(signs, octet, lane8, m, n), n, s + m); }
+    else s[FULL] = *(const u32*)(signs + (OCTETS * 8 * FULL + octet / 2 * 8 + lane8) * 4) >> 2 * (octet & 1);  // shared by two octets
+  }
+  DEV void unit(int n, const u32* table, u32& b0, u32& b1) {
+    if (BITS == 8) {
+      load_wide(2 * n);
+      b0 = w[2 * n]; b1 = w[2 * n + 1];
+    } else if (BITS == 4) {
+      load_wide(n);
+      const u32 m = w[n] & 0x77777777u, v = w[n] << 4;
+      b0 = prmt(table[0], table[1], m) ^ prmt(w[n], w[n], 0xBA98);
+      b1 = prmt(table[0], table[1], m >> 16) ^ prmt(v, v, 0xBA98);
+    } else {
+      if (n % 2 == 0) load_wide(n / 2);
+      u32 m = (w[n / 2] >> 2 * (n % 2)) & 0x33333333u;
+      if (BITS == 3) {
+        if (n % 4 == 0) load_signs(n / 4);
+        const u32 sign = s[n / 4];
+        m |= (n % 4 == 0 ? sign << 2 : n % 4 == 1 ? sign << 1 : n % 4 == 2 ? sign : sign >> 1) & 0x44444444u;
+      }
+      b0 = prmt(table[0], table[1], m);
+      b1 = prmt(table[0], table[1], m >> 16);
+    }
+  }
+};
+
+// int8 levels without their 1/2, by code: 4 bits by magnitude (8 bytes), 3 bits all 8 codes, 2 bits all 4.
+template <int BITS> DEV void level_table(u32* t) {
+  if (BITS == 8) return;
+  u32 magnitudes[2] = {0, 0};
+  UNROLL for (int i = 0; i < 1 << (BITS - 1); i++) magnitudes[i / 4] |= (u32)(MAGNITUDES[BITS % 8][i] - 0.5f) << i % 4 * 8;
+  t[0] = BITS == 2 ? magnitudes[0] | ~magnitudes[0] << 16 : magnitudes[0];
+  t[1] = BITS == 2 ? t[0] : BITS == 3 ? ~magnitudes[0] : magnitudes[1];
+}
+template <int BITS> DEV float level_unit() { return BITS == 8 ? 1.f : (float)(1 / CODEBOOK_T[BITS % 8]); }
+
+DEV float half_at(const u8* at) {
+  float f;
+  asm("{.reg .f16 h; mov.b16 h,%1; cvt.f32.f16 %0,h;}" : "=f"(f) : "h"(*(const unsigned short*)at));
+  return f;
+}
+
+// Four integers in [0, 16256], each in the low bits of a float 2^23 + x.
+DEV void split_magic(const float* x, u32& hi, u32& lo) {
+  const u32 a = prmt(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x5410), b = prmt(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x5410);
+  hi = prmt((a >> 7) & 0x007f007fu, (b >> 7) & 0x007f007fu, 0x6420);
+  lo = prmt(a & 0x007f007fu, b & 0x007f007fu, 0x6420);
+}
+
+// ---- copies ------------------------------------------------------------------------------------------------------------------------
+
+struct Ring {
+  u32 bar0, base0;  // shared addresses of this warp's barriers and stages
+  u8* base;
+  int stage, phase;
+  DEV void init(u8* smem, u64* bars, int warp, int lane) {
+    base = smem + warp * ST * STAGE;
+    bar0 = (u32)__cvta_generic_to_shared(bars + warp * ST);
+    base0 = (u32)__cvta_generic_to_shared(base);
+    stage = phase = 0;
+#if __CUDA_ARCH__ >= 900
+    if (lane < ST) asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(bar0 + lane * 8));
+    asm volatile("fence.mbarrier_init.release.cluster;");
+    __syncwarp();
+#endif
+  }
+  DEV void advance() { if (++stage == ST) { stage = 0; phase ^= 1; } }
+  DEV const u8* data() const { return base + stage * STAGE; }
+#if __CUDA_ARCH__ >= 900
+  // Copies `count` pages; lane i knows the id of page i.
+  DEV void issue(int into, const u8* pages, i64 block_stride, int id, int count) const {
+    const u32 bar = bar0 + into * 8, to = base0 + into * STAGE;
+    int ids[PAGES];
+    UNROLL for (int i = 0; i < PAGES; i++) ids[i] = __shfl_sync(~0u, id, i);
+    if (!elect()) return;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "r"(count * PAGE_BYTES) : "memory");
+    UNROLL for (int i = 0; i < PAGES; i++)
+      if (i < count)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
+                     ::"r"(to + i * STRIDE), "l"(pages + ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
+  }
+  DEV void skip() const {}
+  template <int> DEV void wait() const {
+    asm volatile("{.reg .pred p; W%=: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @p bra.uni E%=; bra.uni W%=; E%=: }"
+                 ::"r"(bar0 + stage * 8), "r"(phase) : "memory");
+  }
+#else
+  DEV void issue(int into, const u8* pages, i64 block_stride, int id, int count) const {
+    for (int i = 0; i < PAGES; i++) {
+      const u8* source = pages + __shfl_sync(~0u, id, i) * block_stride;
+      if (i < count)
+        for (int at = (threadIdx.x & 31) * 16; at < PAGE_BYTES; at += 512)
+          asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(base0 + into * STAGE + i * STRIDE + at), "l"(source + at) : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  DEV void skip() const { asm volatile("cp.async.commit_group;" ::: "memory"); }  // one group per step, so that waits can count
+  template <int PENDING> DEV void wait() const { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); __syncwarp(); }
+#endif
+};
+
+// ---- one warp's state ----------------------------------------------------------------------------------------------------------------
+
+struct Task {
+  int sequence, head, row0;      // KV head, first row of the row block
+  int length, q_len, q_row;      // of the sequence; its first row in q
+};
+
+struct Query {                   // of rows t, 4 + t, ...
+  u32 b[NT][KSTEPS + KTAIL][2];  // B fragments
+  u32 o[NT][2];                  // of the outlier channels
+  float scale[NT];               // of a score, in log2 units
+  float o_scale[NT];             // of the outlier channels' share
+  float half[NT];                // 1/2 sum q
+  int hi[NT], lo[NT];            // positions the rows see
+};
+
+// Where this lane's slots of group u lie: octet 4 u + g / 2, slots 2 j + g % 2 of it.
+DEV const u8* own_page(const u8* data, int u, int g) { return data + (4 * u + (g >> 1)) / OCTETS * STRIDE; }
+DEV const u8* own_halves(const u8* data, int plane, int u, int g) {  // 4 bytes from j to j + 1
+  return own_page(data, u, g) + plane + (4 * u + (g >> 1)) % OCTETS * 16 + (g & 1) * 2;
+}
+
+// Scores of slots j = 2 pair, 2 pair + 1; where FOLDED still to be multiplied by the query's scale.
+template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g, const u32* table, const Query& q, Units<BITS, false>& k,
+                                         float (&s)[NT][GROUPS][4]) {
+  int c[NT][4];
+  u32 low[2][KSTEPS][2];
+  UNROLL for (int r = 0; r < PER_PAIR; r++) {
+    const int n = pair * PER_PAIR + r;
+    if (r < 2 * KSTEPS) {
+      k.unit(n, table, low[r / KSTEPS][r % KSTEPS][0], low[r / KSTEPS][r % KSTEPS][1]);
+      if (r >= KSTEPS) {
+        const int i = r % KSTEPS;
+        UNROLL for (int m = 0; m < NT; m++)
+          if (i) mma32(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
+          else mma32_first(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
+      }
+    } else {
+      u32 even, odd;
+      k.unit(n, table, even, odd);
+      UNROLL for (int m = 0; m < NT; m++) mma16(c[m], even, odd, q.b[m][KSTEPS][0]);
+    }
+  }
+  const u8* scales = own_halves(data, K_SCALE, u, g);
+  UNROLL for (int j = 0; j < 2; j++) {
+    const float scale = half_at(scales + (2 * pair + j) * 4);
+    UNROLL for (int m = 0; m < NT; m++)
+      s[m][u][2 * pair + j] = ((float)(c[m][2 * j] * 128 + c[m][2 * j + 1]) + q.half[m]) * (FOLDED ? scale : scale * q.scale[m]);
+  }
+#if OUTLIERS
+  u32 w[4];
+  load_run(run_at<false, OUTLIERS / 4>(own_page(data, u, g) + K_OUTLIERS, (4 * u + (g >> 1)) % OCTETS, (g & 1) * 4 + (threadIdx.x & 3),
+                                       OUTLIERS == 16 ? 0 : pair * 4, 4), 4, w);
+  UNROLL for (int m = 0; m < NT; m++) {
+    int x[4] = {0, 0, 0, 0};
+    if (OUTLIERS == 16) mma16(x, w[2 * pair], w[2 * pair + 1], q.o[m][0]);
+    else mma32(x, w[0], w[2], w[1], w[3], q.o[m][0], q.o[m][1]);
+    UNROLL for (int j = 0; j < 2; j++)
+      s[m][u][2 * pair + j] += (float)(x[2 * j] * 128 + x[2 * j + 1]) * (half_at(own_halves(data, K_OUTLIER_SCALE, u, g) + (2 * pair + j) * 4) * q.o_scale[m]);
+  }
+#endif
+}
+
+template <int BITS> DEV void step_scores(const u8* data, int g, int t, const u32* table, const Query& q, float (&s)[NT][GROUPS][4]) {
+  UNROLL for (int u = 0; u < GROUPS; u++) {
+    Units<BITS, false> k;
+    k.at(own_page(data, u, g), (4 * u + (g >> 1)) % OCTETS, (g & 1) * 4 + t);
+    UNROLL for (int pair = 0; pair < 2; pair++) pair_scores<BITS>(data, u, pair, g, table, q, k, s);
+  }
+}
+
+struct Softmax {  // of rows t, 4 + t, ...; channels 8 n + g
+  float top[NT], sum[NT], half[NT], acc[NT][UNITS];
+};
+
+// Probabilities times V scales as fixed point B fragments, and what the accumulators are to be scaled by.
+template <bool MASKED> DEV void probabilities(const u8* data, int g, int t, int first_slot, const Query& q, const Params& p, Softmax& x,
+                                              float (&s)[NT][GROUPS][4], u32 (&b)[NT][GROUPS][2], float* unit, float* keep) {
+  const int from = t * 8 + (g >> 1), first = from + (g & 1) * 4, second = from + (1 - (g & 1)) * 4;  // see the shuffles below
+  const u32 low = g & 1 ? 0x1504 : 0x5140, high = g & 1 ? 0x3726 : 0x7362;
+  UNROLL for (int m = 0; m < NT; m++) {
+    float scale_q = FOLDED ? q.scale[m] : 1.f;
+    if (p.soft_cap > 0) {
+      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) s[m][u][j] = p.soft_cap * tanhf(s[m][u][j] * scale_q / p.soft_cap);
+      scale_q = 1;
+    }
+    if (MASKED)
+      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) {
+        const int slot = first_slot + u * 32 + (g >> 1) * 8 + 2 * j + (g & 1);
+        if (slot > q.hi[m] || slot < q.lo[m]) s[m][u][j] = -INF;
+      }
+    float top = -INF;
+    UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) top = max_nan(top, s[m][u][j]);
+    top = rows_max(top) * scale_q;
+    const float base = top == -INF ? 0.f : top, next = max_nan(x.top[m], top), ref = next == -INF ? 0.f : next;
+    const float gain = ex2(top - ref);
+    keep[m] = ex2(x.top[m] - ref);
+    x.top[m] = next;
+    float sum = 0, most = 1e-30f;
+    UNROLL for (int u = 0; u < GROUPS; u++) {
+      const u8* scales = own_halves(data, V_SCALE, u, g);
+      UNROLL for (int j = 0; j < 4; j++) {
+        const float e = ex2(fmaf(s[m][u][j], scale_q, -base));
+        sum += e;
+        float w = e * half_at(scales + j * 4);
+        if (MASKED && s[m][u][j] == -INF) w = 0;  // not e * scale: the slot may hold anything
+        s[m][u][j] = w;
+        most = max_nan(most, w);
+      }
+    }
+    most = rows_max(most);
+    x.sum[m] = x.sum[m] * keep[m] + sum * gain;
+    unit[m] = most * (gain / Q_MAX);
+    const float r = __fdividef(Q_MAX, most);
+    UNROLL for (int u = 0; u < GROUPS; u++) {
+      float y[4];
+      UNROLL for (int j = 0; j < 4; j++) y[j] = fmaf(s[m][u][j], r, MAGIC);
+      u32 h, l;
+      split_magic(y, h, l);
+      // Column g holds hi (g even) or lo (g odd) of row g / 2. A lane with even g sends hi in the first exchange, one with odd g lo: then
+      // every column gets its half of the even slots in one exchange and of the odd slots in the other.
+      const u32 a0 = __shfl_sync(~0u, g & 1 ? l : h, first), a1 = __shfl_sync(~0u, g & 1 ? h : l, second);
+      b[m][u][0] = prmt(a0, a1, low);
+      b[m][u][1] = prmt(a0, a1, high);
+    }
+  }
+}
+
+DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&b)[NT][GROUPS][2], const float* unit, Softmax& x) {
+  constexpr u32 ONES = 0x01010101u;
+  UNROLL for (int m = 0; m < NT; m++) {  // 1/2 sum p is the same for all channels: kept apart
+    int c[4];
+    UNROLL for (int u = 0; u < GROUPS; u++)
+      if (u) mma32(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]); else mma32_first(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
+    x.half[m] = fmaf((float)(c[0] * 128 + c[1]), 0.5f * unit[m], x.half[m]);
+  }
+  Units<V_BITS, true> v[GROUPS];
+  UNROLL for (int u = 0; u < GROUPS; u++) v[u].at(data + (4 * u + t) / OCTETS * STRIDE, (4 * u + t) % OCTETS, g);
+  UNROLL for (int n0 = 0; n0 < UNITS; n0 += 4) {
+    int c[2][NT][4];
+    UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int i = 0; i < 2; i++) if (n0 + 2 * i < UNITS) {
+      u32 even[2], odd[2];
+      v[u].unit(n0 + 2 * i, table, even[0], even[1]);
+      v[u].unit(n0 + 2 * i + 1, table, odd[0], odd[1]);
+      UNROLL for (int m = 0; m < NT; m++)
+        if (u) mma32(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
+        else mma32_first(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
+    }
+    UNROLL for (int i = 0; i < 2; i++) if (n0 + 2 * i < UNITS)
+      UNROLL for (int m = 0; m < NT; m++) UNROLL for (int j = 0; j < 2; j++) {
+        float& acc = x.acc[m][n0 + 2 * i + j];
+        acc = fmaf((float)(c[i][m][2 * j] * 128 + c[i][m][2 * j + 1]), unit[m], acc);
+      }
+  }
+}
+
+DEV void rescale(Softmax& x, const float* keep) {
+  bool same = true;
+  UNROLL for (int m = 0; m < NT; m++) same = same && keep[m] == 1.f;
+  if (__all_sync(~0u, same)) return;
+  UNROLL for (int m = 0; m < NT; m++) {
+    x.half[m] *= keep[m];
+    UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] *= keep[m];
+  }
+}
+
+// ---- tasks ---------------------------------------------------------------------------------------------------------------------------
+
+// What a row's warp leaves in shared memory for all warps: fixed point of the query's channels and of its outlier channels, as bytes in
+// the order of the B fragments, and their scales.
+struct Queries {
+  u32 b[NT][KSTEPS + KTAIL][32][2], o[NT][OUTLIERS ? 32 : 1][2];
+  float scale[ROWS], o_scale[ROWS], half[ROWS];
+};
+
+DEV float warp_max(float x) {  // of values that are not negative; a NaN wins, as its bits are the largest
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
+}
+DEV void put_fixed_point(float x, float r, u32* tile, int row, int lane, int& sum) {  // channel `lane` of a k-step
+  const int y = __float2int_rn(x * r), hi = (y + 64) >> 7;
+  char* at = (char*)&tile[(row * 8 + lane % 16 / 4) * 2 + lane / 16] + lane % 4;
+  at[0] = hi;
+  at[32] = y - (hi << 7);
+  sum += y;
+}
+
+// Loads, rotates and quantises the task's queries, a warp per row.
+DEV void load_queries(const Params& p, const Task& k, Queries& q, float* buf, int warp, int lane) {
+  constexpr int MINE = (ROWS + NW - 1) / NW;
+  float x[MINE][E];
+#if OUTLIERS
+  float out[MINE];
+  const int channel = lane < OUTLIERS ? (int)p.outlier_channels[k.head * OUTLIERS + lane] : -1;
+#endif
+  UNROLL for (int i = 0; i < MINE; i++) {
+    const int R = k.row0 + warp + i * NW, qi = R / GROUP;
+    const bool real = qi < k.q_len;
+    const i64 at = ((i64)(k.q_row + qi) * p.kv_heads * GROUP + k.head * GROUP + R % GROUP) * D;
+    UNROLL for (int e = 0; e < E; e++) x[i][e] = real && 32 * e + lane < D ? load_element<Q_TYPE>(p.q, at + 32 * e + lane) : 0.f;
+#if OUTLIERS
+    out[i] = real && channel >= 0 ? load_element<Q_TYPE>(p.q, at + channel) : 0.f;
+#endif
+  }
+  UNROLL for (int i = 0; i < MINE; i++) {
+    const int r = warp + i * NW;
+    if (r >= ROWS) break;
+    int sum = 0;
+#if OUTLIERS
+    int unused = 0;
+    const float o_most = warp_max(fabsf(out[i]));
+    if (lane < OUTLIERS) put_fixed_point(out[i], o_most > 0 ? Q_MAX / o_most : 0.f, &q.o[r / 4][0][0], r % 4, lane, unused);
+    if (lane == 0) q.o_scale[r] = o_most / Q_MAX * p.scale_log2;
+    UNROLL for (int e = 0; e < E; e++) {
+      const u32 zero = __reduce_or_sync(~0u, channel >= 0 && channel / 32 == e ? 1u << (channel & 31) : 0u);
+      if (zero >> lane & 1) x[i][e] = 0;
+    }
+#endif
+    if (ROTATE && (k.row0 + r) / GROUP < k.q_len) { flip_signs<32, 1>(x[i], p.signs, lane); hadamard<32, 1, false>(x[i], buf, lane); }
+    float most = 0;
+    UNROLL for (int e = 0; e < E; e++) most = max_nan(most, fabsf(x[i][e]));
+    most = warp_max(most);
+    const float scale = most > 0 ? Q_MAX / most : 0.f;
+    UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) put_fixed_point(x[i][e], scale, &q.b[r / 4][e][0][0], r % 4, lane, sum);
+    sum = __reduce_add_sync(~0u, sum);
+    if (lane == 0) {
+      q.scale[r] = max_nan(most / Q_MAX * p.scale_log2 * level_unit<K_BITS>(), 1e-30f);  // a masked score times 0 would be NaN
+      q.half[r] = K_BITS == 8 ? 0.f : 0.5f * sum;
+    }
+  }
+}
+
+DEV void make_query(const Params& p, const Task& k, int start, const Queries& shared, int lane, Query& q) {
+  UNROLL for (int m = 0; m < NT; m++) {
+    const int r = 4 * m + lane % 4, qi = (k.row0 + r) / GROUP;
+    UNROLL for (int i = 0; i < KSTEPS + KTAIL; i++) { const uint2 x = *(const uint2*)shared.b[m][i][lane]; q.b[m][i][0] = x.x; q.b[m][i][1] = x.y; }
+    if (OUTLIERS) { const uint2 x = *(const uint2*)shared.o[m][OUTLIERS ? lane : 0]; q.o[m][0] = x.x; q.o[m][1] = x.y; }
+    q.scale[m] = shared.scale[r];
+    q.o_scale[m] = OUTLIERS ? shared.o_scale[r] : 0.f;
+    q.half[m] = shared.half[r];
+    q.hi[m] = qi < k.q_len ? k.length - k.q_len + qi : -1;
+    q.lo[m] = p.window > 0 ? max(start, q.hi[m] - p.window + 1) : start;
+  }
+}
+
+// Sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
+DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum, float (&x)[E], float* buf, int lane) {
+  const int R = k.row0 + r, qi = R / GROUP;
+  if (qi >= k.q_len) return;
+  const int head = k.head * GROUP + R % GROUP;
+  const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + head;
+  if (p.sinks) {
+    const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), ref = next == -INF ? 0.f : next;
+    const float f = ex2(top - ref);
+    sum = sum * f + ex2(sink - ref);
+    UNROLL for (int e = 0; e < E; e++) x[e] *= f;
+    top = next;
+  }
+  const float scale = sum == 0 ? 0.f : level_unit<V_BITS>() / sum;
+  UNROLL for (int e = 0; e < E; e++) x[e] *= scale;
+  if (ROTATE) { hadamard<32, 1, true>(x, buf, lane); flip_signs<32, 1>(x, p.signs, lane); }
+  UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) store_element<OUT_TYPE>(p.out, row * D + 32 * e + lane, x[e]);
+  if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
+}
+
+// Merges n partial results of a row: result i has its O at o + i * stride and (m, l) at ml + i * ml_stride; fixed order.
+template <class F, class W> DEV void merge_row(int n, F value, W weight, float& top, float& sum, float* x, int lane) {
+  top = -INF;
+  for (int i = lane; i < n; i += 32) top = max_nan(top, weight(i, 0));
+  UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
+  const float ref = top == -INF ? 0.f : top;
+  sum = 0;
+  UNROLL for (int e = 0; e < E; e++) x[e] = 0;
+  for (int i0 = 0; i0 < n; i0 += 32) {
+    const int mine = i0 + lane;
+    const float f = mine < n ? ex2(weight(mine, 0) - ref) : 0.f;
+    const float l = mine < n ? f * weight(mine, 1) : 0.f;
+    const int count = min(32, n - i0);
+#pragma unroll 8
+    for (int i = 0; i < count; i++) {
+      const float fi = __shfl_sync(~0u, f, i);
+      sum += __shfl_sync(~0u, l, i);
+      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) x[e] = fmaf(value(i0 + i, 32 * e + lane), fi, x[e]);
+    }
+  }
+}
+
+struct Shared {
+  u64 bars[NW * ST];
+  float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
+  int last, ticket;
+};
+
+// Merges the warps' results of a task's piece, and the pieces if this was the last of them to arrive.
+DEV void finish_piece(const Params& p, const Task& k, const Softmax& x, Shared& sh, float* rows, float* part, int first, int splits,
+                      int warp, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  float* buf = sh.buf + (ORDER == 1 ? 0 : warp * D);
+  __syncthreads();
+  UNROLL for (int m = 0; m < NT; m++) {
+    const float sum = rows_sum(x.sum[m]);
+    if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
+    UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + x.half[m];
+  }
+  __syncthreads();
+  const int used = min(ROWS, GROUP * k.q_len - k.row0);
+  for (int r = warp; r < used; r += NW) {
+    float top, sum, o[E];
+    merge_row(NW, [&](int w, int c) { return rows[(w * ROWS + r) * LINE + c]; },
+              [&](int w, int which) { return which ? sh.sum[w][r] : sh.top[w][r]; }, top, sum, o, lane);
+    if (splits == 1) { finish_row(p, k, r, top, sum, o, buf, lane); continue; }
+    UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) part[r * D + 32 * e + lane] = o[e];
+    if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
+  }
+  if (splits > 1) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sh.last = atomicAdd(p.counters + 1 + first, 1) == splits - 1;
+      if (sh.last) p.counters[1 + first] = 0;
+    }
+    __syncthreads();
+    if (sh.last) {
+      __threadfence();
+      for (int r = warp; r < used; r += NW) {
+        auto result = [&](int i) { return p.workspace + (i64)(2 * (first + i) + (i == 0)) * PART; };
+        float top, sum, o[E];
+        merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
+                  [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
+        finish_row(p, k, r, top, sum, o, buf, lane);
+      }
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
+#endif
+  __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) u8 smem[];
+  __shared__ __align__(8) Shared sh;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  Queries& queries = *(Queries*)(smem + QUERIES_AT);
+  const int heads = p.kv_heads * GROUP;
+  const int4 plan = *(const int4*)p.plan;  // big chunk, small chunk, steps in all, rows of q in use
+  const int ctas = gridDim.x, large = plan.x * ctas;
+  const int drawn = plan.z > large ? (plan.z - large + plan.y - 1) / plan.y : 0;  // small chunks, handed out by ticket
+  for (i64 i = (i64)plan.w * heads * D + blockIdx.x * NW * 32 + threadIdx.x; i < (i64)p.rows * heads * D; i += ctas * NW * 32) {
+    store_element<OUT_TYPE>(p.out, i, 0.f);
+    if (i % D == 0) p.lse[i / D] = p.sinks ? p.sinks[i / D % heads] : -INF;
+  }
+  auto chunk_start = [&](int c) { return c < ctas ? c * plan.x : large + (c - ctas) * plan.y; };
+  auto chunk_of = [&](int step) { return step < large ? step / plan.x : ctas + (step - large) / plan.y; };
+  Ring ring;
+  ring.init(smem, sh.bars, warp, lane);
+  u32 k_table[2], v_table[2];
+  level_table<K_BITS>(k_table);
+  level_table<V_BITS>(v_table);
+
+  for (int chunk = blockIdx.x;;) {
+    int at = min(chunk_start(chunk), plan.z);
+    const int stop = min(chunk_start(chunk + 1), plan.z);
+    const int* record = p.plan + 8 + chunk * 8;
+    int4 r0 = *(const int4*)record, r1 = *(const int4*)(record + 4);  // sequence, steps before it, of its task, task; length, rows, q_len, start
+    while (at < stop) {
+      Task k;
+      k.sequence = r0.x;
+      k.length = r1.x;
+      k.q_row = r1.y;
+      k.q_len = r1.z;
+      const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS, tasks = blocks * p.kv_heads, steps = r0.z;
+      const int begin = r0.y + r0.w * steps;
+      k.head = blocks == 1 ? r0.w : r0.w / blocks;
+      k.row0 = (r0.w - k.head * blocks) * ROWS;
+      const int s0 = at - begin, s1 = min(stop - begin, steps);
+      const int page0 = max(0, max((k.length + STEP - 1) / STEP, 1) - steps) * PAGES;  // of the task's first step
+      const int* table = p.block_table + (i64)k.sequence * p.table_stride + page0;
+      const int pages = (k.length + PAGE - 1) / PAGE - page0;
+      const u8* head_pages = p.pages + (i64)k.head * PAGE_BYTES;
+      auto page_id = [&](int step) { return lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0; };
+      auto issue = [&](int into, int step, int id) { ring.issue(into, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); };
+      int step = s0 + warp;
+      {
+        int ids[ST];
+        UNROLL for (int i = 0; i < ST; i++) ids[i] = step + NW * i < s1 ? page_id(step + NW * i) : 0;
+        UNROLL for (int i = 0; i < ST; i++) if (step + NW * i < s1) issue((ring.stage + i) % ST, step + NW * i, ids[i]); else ring.skip();
+      }
+      int next_id = step + NW * ST < s1 ? page_id(step + NW * ST) : 0;
+      load_queries(p, k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+      __syncthreads();
+      Query q;
+      make_query(p, k, r1.w, queries, lane, q);
+      // Steps from `inner` to `outer` are seen by every row whole.
+      const int min_hi = k.length - k.q_len + k.row0 / GROUP, last_row = min(k.row0 + ROWS, GROUP * k.q_len) - 1;
+      const int max_hi = k.length - k.q_len + last_row / GROUP, slot0 = page0 * PAGE;
+      const int max_lo = p.window > 0 ? max(r1.w, max_hi - p.window + 1) : r1.w;
+      const int inner = (max_lo - slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - slot0) / STEP;
+      Softmax x;
+      UNROLL for (int m = 0; m < NT; m++) {
+        x.top[m] = -INF; x.sum[m] = x.half[m] = 0;
+        UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] = 0;
+      }
+      float s[NT][GROUPS][4];
+      if (step < s1) { ring.wait<ST - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
+      for (; step < s1; step += NW) {
+        const u8* data = ring.data();
+        Ring ahead = ring;
+        ahead.advance();
+        const bool more = step + NW < s1;
+        u32 b[NT][GROUPS][2];
+        float unit[NT], keep[NT];
+        if (step < inner || step >= outer) probabilities<true>(data, g, t, slot0 + step * STEP, q, p, x, s, b, unit, keep);
+        else probabilities<false>(data, g, t, slot0 + step * STEP, q, p, x, s, b, unit, keep);
+        rescale(x, keep);
+        add_values(data, g, t, v_table, b, unit, x);
+        if (more) ahead.wait<ST - 2>();
+        step_scores<K_BITS>(more ? ahead.data() : data, g, t, k_table, q, s);  // of the next step
+        __syncwarp();
+        const int later = step + NW * ST;
+        if (later < s1) issue(ring.stage, later, next_id); else ring.skip();
+        if (later + NW < s1) next_id = page_id(later + NW);
+        ring.advance();
+      }
+      const int first = chunk_of(begin), splits = chunk_of(begin + steps - 1) - first + 1;
+      finish_piece(p, k, x, sh, (float*)smem, p.workspace + (i64)(2 * chunk + (s0 == 0)) * PART, first, splits, warp, lane);
+      at = begin + s1;
+      r0.w++;
+      if (at < stop && at >= r0.y + steps * tasks) {  // on to the next sequence that has tasks
+        const int* cum = p.plan + p.plan[4];
+        const int* q_rows = cum + p.batch + 1;
+        int b = k.sequence + 1;
+        while (at >= cum[b + 1]) b++;
+        r1.x = p.seq_lens[b];
+        r1.y = q_rows[b];
+        r1.z = q_rows[b + 1] - r1.y;
+        r1.w = p.seq_starts ? p.seq_starts[b] : 0;
+        r0.x = b;
+        r0.y = cum[b];
+        r0.w = 0;
+        r0.z = (cum[b + 1] - cum[b]) / (p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS));
+      }
+    }
+    if (!drawn) return;
+    if (threadIdx.x == 0) sh.ticket = atomicInc(p.counters, drawn + ctas - 1);  // wraps to 0 with the launch's last draw
+    __syncthreads();
+    if (sh.ticket >= drawn) return;
+    chunk = ctas + sh.ticket;
+    __syncthreads();
+  }
+}
