@@ -12,7 +12,7 @@ import torch
 
 from kvturbo.config import KVFormat
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cuda")
 """From the slowest to the fastest."""
 OPERATIONS = ("store", "decode", "gather")
 
@@ -27,18 +27,39 @@ def unavailable(backend: str, operation: str, device: torch.device, fmt: KVForma
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if operation not in OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}")
-    return _triton_unavailable(device, fmt) if backend == "triton" else None
-
-
-def _triton_unavailable(device: torch.device, fmt: KVFormat) -> str | None:
+    if backend == "reference":
+        return None
     if len(fmt.k.parts) > 1 or fmt.k.qjl:
         return f"format {fmt.name!r} is not among its formats; use backend 'reference'"
+    return _triton_unavailable(device) if backend == "triton" else _cuda_unavailable(device)
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     interpreted = importlib.import_module("triton").knobs.runtime.interpret
     if device.type != "cuda" and not interpreted:
         return f"it needs a CUDA device or TRITON_INTERPRET=1 before triton is imported, got device {str(device)!r}"
     return None
+
+
+def _cuda_unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"it needs an NVIDIA GPU, got device {str(device)!r}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    for module, package in (("cuda.core", "cuda-core"), ("cuda.bindings", "cuda-bindings")):
+        if not _importable(module):
+            return f'{package} is not installed: pip install "kvturbo[cuda]"'
+    return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
 
 
 @lru_cache(maxsize=256)

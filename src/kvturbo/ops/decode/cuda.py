@@ -280,6 +280,8 @@ def decode(
     if schedule is None:
         schedule = _schedule(variant, batch, kv_heads, q.device)
         schedule.update(seq_lens, q_lens, seq_starts, window)
+    elif not isinstance(schedule, Schedule):
+        raise TypeError(f"the cuda backend needs a schedule of make_schedule, got {type(schedule).__name__}")
     elif (schedule.variant, schedule.batch, schedule.kv_heads, schedule.window) != (variant, batch, kv_heads, window):
         raise ValueError(
             f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
