@@ -84,6 +84,6 @@ $(VENV)/.demo-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
 
 # The tests compile CUDA kernels, which needs NVRTC but no GPU.
 $(VENV)/.dev-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
-	@echo "==> installing kvturbo[$(EXTRAS),cuda,dev]"
-	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),cuda,dev]"
+	@echo "==> installing kvturbo[$(EXTRAS),triton,cuda,dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),triton,cuda,dev]"
 	@touch $@
