@@ -151,6 +151,15 @@ def check_pages(pages: Tensor) -> None:
         )
 
 
+def scratch_pages(
+    fmt: KVFormat, page_size: int, num_kv_heads: int, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """One page and outlier channels to warm kernels up with."""
+    pages = torch.zeros(1, num_kv_heads, fmt.page_bytes(page_size), dtype=torch.uint8, device=device)
+    channels = torch.arange(fmt.outliers, device=device).repeat(num_kv_heads, 1) if fmt.outliers else None
+    return pages, channels
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, copied if its last axis is not contiguous; fp64 becomes fp32, in which the kernels compute."""
     x = x.float() if x.dtype == torch.float64 else x

@@ -34,6 +34,8 @@ LOG2E = math.log2(math.e)
 INTERPRETED_WORKERS = 5
 ROTATE_ROWS = 16
 ROTATE_PLACES = 64
+SPREAD_BELOW = 256
+"""With fewer pairs of a query and a KV head than this, a program merges one head; with more, a whole group."""
 
 
 @triton.jit
@@ -45,7 +47,10 @@ def _store_parts(target, place, low, y, mask, DOT: tl.constexpr):
     tl.store(target[:, None] + low + place[None, :], rest.to(DOT), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "stride_t", "stride_h", "factor", "outlier_factor"])
+@triton.jit(
+    do_not_specialize=["num_rows", "stride_t", "stride_h", "factor", "outlier_factor"],
+    do_not_specialize_on_alignment=["q", "outlier_channels"],
+)
 def _rotate_queries(
     q, out, matrix, outlier_channels, num_rows, stride_t, stride_h, factor, outlier_factor,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PLACES: tl.constexpr, OUTLIERS: tl.constexpr,
@@ -267,7 +272,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=["batch", "workers", "split_rows", "stride_t", "stride_h", "factor"],
-    do_not_specialize_on_alignment=["blocks", "rows", "sinks"],
+    do_not_specialize_on_alignment=["blocks", "rows", "sinks", "out", "lse"],
 )
 def _merge(
     part, part_stats, blocks, rows, sinks, matrix, out, lse, batch, workers, split_rows, stride_t, stride_h, factor,
@@ -371,6 +376,40 @@ def workspace_bytes(queries: int, workers: int, batch: int, num_q_heads: int, he
     rotated = queries * num_q_heads * (2 * head_dim + 32) * 2 * 2
     partial = (workers + batch) * num_q_heads * (max_q_len + 15) * (head_dim + 2) * 4
     return rotated + partial
+
+
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_q_len: int | None = None,
+    seq_starts: bool = False,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
+) -> None:
+    """Compiles and loads what `decode` launches for such pages and queries of `dtype`, whatever the batch.
+
+    Args:
+        max_q_len: of the schedules to come with q_lens; None for calls without q_lens.
+        seq_starts, sinks: whether calls have them.
+        window, soft_cap: as in the calls; only whether they are None matters.
+    """
+    pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
+    for batch in (1, -(-SPREAD_BELOW // num_kv_heads)):
+        q = torch.zeros(batch, num_q_heads, fmt.head_dim, dtype=dtype, device=device)
+        lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        q_lens, starts = None if max_q_len is None else lens, lens if seq_starts else None
+        schedule = plan(lens, q_lens=q_lens, seq_starts=starts, window=window, max_q_len=max_q_len or 1)
+        decode(
+            q, pages, lens[:, None], lens, torch.empty_like(q), fmt=fmt, scale=1.0, q_lens=q_lens, seq_starts=starts,
+            window=window, soft_cap=soft_cap, sinks=torch.zeros(num_q_heads, device=device) if sinks else None,
+            outlier_channels=channels, schedule=schedule,
+        )  # fmt: skip
 
 
 def decode(
@@ -494,7 +533,7 @@ class _Call:
 
     def merge(self, part: Tensor, stats: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
         fmt = self.fmt
-        spread = self.num_queries * self.num_kv_heads < 256
+        spread = self.num_queries * self.num_kv_heads < SPREAD_BELOW
         heads = 1 if spread else triton.next_power_of_2(self.group)
         matrix = common.rotation_matrix(fmt.head_dim, fmt.seed, "v", fmt.v.rotate, self.device)
         unit = common.UNITS[self.constants["VB"]] * common.norm(fmt.head_dim, fmt.v.rotate)

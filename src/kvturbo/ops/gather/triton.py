@@ -81,7 +81,7 @@ def _gather_values(
             m_out = (position + e >= start_position) & (position + e < stop)
             scale = load_scales(base + V_SCALE, octet * 8 + e, m_out) * factor
             x = tl.dot(level(word, word, e, VB).to(DOT), b_matrix, tl.zeros((OCTETS, CHUNK), tl.float32))
-            pointer = target + (position + e).to(tl.int64)[:, None] * stride + c[None, :]
+            pointer = target + (position + e).to(tl.int64)[:, None] * stride * 8 + c[None, :]
             x = (x * scale[:, None]).to(target.dtype.element_ty)
             tl.store(pointer, x, mask=m_out[:, None] & (c < D)[None, :])
 
@@ -111,10 +111,10 @@ def _gather(
         k_position = first + tl.arange(0, TOKENS)
         m_out = (k_position >= start) & (k_position < stop)
         k_page = tl.load(table + k_position // P, mask=m_out, other=0).to(tl.int64)
-        target = k_out + b * k_stride_b + head.to(tl.int64) * k_stride_h
+        target = k_out + (b * k_stride_b + head.to(tl.int64) * k_stride_h) * 8
         _gather_keys(
             heads + k_page * stride_page * 16, k_position % P, m_out,
-            target + (k_position - start).to(tl.int64) * k_stride_t, k_matrix,
+            target + (k_position - start).to(tl.int64) * k_stride_t * 8, k_matrix,
             outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_matrix, k_factor,
             D, P, SP, PACK, KB, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, TOKENS, CHUNK, DOT,
         )  # fmt: skip
@@ -122,11 +122,32 @@ def _gather(
         v_position = first + tl.arange(0, TOKENS // 8) * 8
         m_octet = (v_position + 8 > start) & (v_position < stop)
         v_page = tl.load(table + v_position // P, mask=m_octet, other=0).to(tl.int64)
-        target = v_out + b * v_stride_b + head.to(tl.int64) * v_stride_h
+        target = v_out + (b * v_stride_b + head.to(tl.int64) * v_stride_h) * 8
         _gather_values(
-            heads + v_page * stride_page * 16, v_position, target - start.to(tl.int64) * v_stride_t, v_stride_t, start, stop,
+            heads + v_page * stride_page * 16, v_position, target - start.to(tl.int64) * v_stride_t * 8, v_stride_t, start, stop,
             v_matrix, v_factor, D, P, DV, VB, V_CODES, V_SIGNS, V_SCALE, TOKENS // 8, CHUNK, DOT,
         )  # fmt: skip
+
+
+def _in_eights(x: Tensor) -> bool:
+    """Whether every vector of x is contiguous and starts at a multiple of 16 bytes and of 8 elements."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+
+
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    rotated: bool = False,
+) -> None:
+    """Compiles and loads what `gather` launches for such pages and copies of `dtype`."""
+    pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
+    k, v = torch.empty(2, 1, 1, num_kv_heads, fmt.head_dim, dtype=dtype, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    gather(pages, table, 0, 1, (k, v), fmt=fmt, rotated=rotated, outlier_channels=channels)
 
 
 def gather(
@@ -149,7 +170,8 @@ def gather(
     if stop == start or not block_table.shape[0]:
         return
     constants = common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2]))
-    targets = [x if x.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in out]
+    targets = [x if _in_eights(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in out]
+    strides = [stride // 8 for x in targets for stride in x.stride()[:3]]
     matrices, factors = [], []
     for side, bits in zip(SIDES, (constants["KB"], constants["VB"]), strict=True):
         turn = fmt.side(side).rotate and not rotated
@@ -158,7 +180,7 @@ def gather(
     blocks = -(-(stop - start // 8 * 8) // TOKENS)
     _gather[(blocks, pages.shape[1], 2 * block_table.shape[0])](
         pages, block_table, *targets, outlier_channels, *matrices, start, stop, pages.stride(0) // 16, block_table.stride(0),
-        *factors, *targets[0].stride()[:3], *targets[1].stride()[:3], **constants, PAGE_BYTES=pages.shape[2],
+        *factors, *strides, **constants, PAGE_BYTES=pages.shape[2],
         TOKENS=TOKENS, CHUNK=64, DOT=common.DOT, num_warps=8, num_stages=1,
     )  # fmt: skip
     for x, target in zip(out, targets, strict=True):

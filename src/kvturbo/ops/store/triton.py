@@ -364,6 +364,13 @@ def _store(
         )  # fmt: skip
 
 
+def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Compiles and loads what `store` launches for such pages and keys and values of `dtype`."""
+    pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
+    k, v = torch.zeros(2, 1, num_kv_heads, fmt.head_dim, dtype=dtype, device=device)
+    store(k, v, pages, torch.full((1,), -1, device=device), fmt=fmt, outlier_channels=channels)
+
+
 def store(
     k: Tensor,
     v: Tensor,
