@@ -17,6 +17,10 @@ CONSTRAINTS := constraints/$(FLAVOR).txt
 EXTRAS := hf,eval$(if $(filter cuda,$(FLAVOR)),$(comma)triton$(comma)cuda)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Threads that spin while they wait starve one another where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format gpu-test clean distclean
 
@@ -32,7 +36,7 @@ demo: $(VENV)/.demo-$(FLAVOR) ## generate from a packed cache and measure it aga
 
 test: lint ## lint, then every test that needs no GPU, a wheel's smoke test included
 	@echo "==> pytest"
-	@$(BIN)/pytest -m "not gpu"
+	@$(BIN)/pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 
 gpu-test: $(VENV)/.dev-$(FLAVOR) ## the tests that need a GPU
 	@echo "==> pytest on the GPU"
