@@ -93,26 +93,34 @@ def prompt(rows: int, length: int, seed: int = 0) -> Tensor:
 class FakeLayer(DynamicLayer):
     """A full-attention layer in plain tensors: packed tokens are quantised and dequantised, by the rules of TurboCache.
 
-    Keys and values hold both versions, [..., d] raw and [..., d] dequantised, one after the other in the last axis.
+    Keys and values hold four versions one after the other in the last axis: raw, dequantised, as the 16-bit windows hold it,
+    and dequantised after that, for tokens that are packed when they leave a window.
     """
 
     def __init__(self, fmt: KVFormat, sink: int, recent: int, channels: Tensor | None) -> None:
         super().__init__()
         self.fmt, self.sink, self.recent, self.channels = fmt, sink, recent, channels
-        self.packed = torch.zeros(0, dtype=torch.bool)
+        self.version = torch.zeros(0, dtype=torch.int64)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         past, count = self.get_seq_length(), key_states.shape[2]
-        before = torch.cat((self.packed, torch.zeros(count, dtype=torch.bool)))
-        super().update(
-            *(torch.cat((x, self.fake(x, side)), -1) for x, side in ((key_states, "k"), (value_states, "v")))
-        )
-        total = past + count
-        index = torch.arange(total)
-        self.packed = before | ((index >= self.sink) & (index < total - self.recent))
+        before = torch.cat((self.version, torch.zeros(count, dtype=torch.int64)))
+        super().update(*(self.versions(x, side) for x, side in ((key_states, "k"), (value_states, "v"))))
+        index = torch.arange(past + count)
+        packed = (index >= self.sink) & (index < past + count - self.recent)
+        self.version = torch.where(before % 2 == 1, before, torch.where(packed, before + 1, 2))
         read_back = past and count <= 8 and not self.sink + self.recent
-        dequantised = (self.packed if read_back else before)[:, None]
-        return tuple(torch.where(dequantised, x.chunk(2, -1)[1], x.chunk(2, -1)[0]) for x in (self.keys, self.values))
+        shown = self.version if read_back else before
+        return tuple(self.select(x, shown) for x in (self.keys, self.values))
+
+    def versions(self, x: Tensor, side: Any) -> Tensor:
+        window = x.bfloat16().to(x.dtype)
+        return torch.cat((x, self.fake(x, side), window, self.fake(window, side)), -1)
+
+    @staticmethod
+    def select(x: Tensor, version: Tensor) -> Tensor:
+        parts = torch.stack(x.chunk(4, -1))  # [4, batch, heads, tokens, d]
+        return parts[version, :, :, torch.arange(len(version))].permute(1, 2, 0, 3)
 
     def fake(self, x: Tensor, side: Any) -> Tensor:
         channels = None if self.channels is None else self.channels[None, :, None]
@@ -120,7 +128,7 @@ class FakeLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.packed = self.packed[: self.get_seq_length()]
+        self.version = self.version[: self.get_seq_length()]
 
 
 def fake_cache(

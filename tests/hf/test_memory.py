@@ -46,7 +46,7 @@ def test_nbytes_is_what_is_allocated_and_nothing_else_stays(
     small = 8 * sum("window_tensor" in name for layer in cache.layers for name in vars(layer))
     assert abs(sum(nbytes for nbytes, _ in new.values()) - cache.nbytes()) <= small
     if family == "llama":
-        window_bytes = sum(windows) * 2 * 2 * 2 * 2 * 64 * 4  # rows, layers, sides, heads, head_dim, fp32
+        window_bytes = sum(windows) * 2 * 2 * 2 * 2 * 64 * 2  # rows, layers, sides, heads, head_dim, 16 bits
         assert sum(nbytes for nbytes, floating in new.values() if floating) == window_bytes
 
 
@@ -67,7 +67,7 @@ def test_windows_count_as_bytes() -> None:
     model.set_attn_implementation("kvturbo")
     cache = TurboCache(model.config, "k4v4", sink=4, recent=12)
     prefill(model, cache, 48)
-    packed, window = KVFormat.from_name("k4v4", 64).bytes_per_token, 2 * 64 * 4
+    packed, window = KVFormat.from_name("k4v4", 64).bytes_per_token, 2 * 64 * 2
     assert cache.packed_tokens == 2 * 2 * 32
     assert cache.bytes_used == 2 * 2 * 2 * (32 * packed + 16 * window)  # rows, layers, KV heads
 

@@ -12,7 +12,7 @@ from kvturbo.hf.group import Group
 from kvturbo.hf.store import PackedStore
 
 FMT = KVFormat.from_name("k4v4", 64)
-VECTORS = torch.randn(4096, 2, 64, generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(4096, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16().float()
 PACKED = dequantize(quantize(VECTORS, FMT, "k"), FMT, "k")
 
 appends = st.tuples(st.just("append"), st.integers(1, 40), st.lists(st.integers(0, 40), min_size=3, max_size=3))
@@ -84,5 +84,5 @@ def check(store: PackedStore, group: Group, model: Model) -> None:
         torch.testing.assert_close(k, PACKED[tokens[sink : sink + packed]].view(-1, 2, 64))
         if windows is not None:
             recent = len(tokens) - sink - packed
-            assert torch.equal(windows.sink[0, row, :sink], VECTORS[tokens[:sink]].view(-1, 2, 64))
-            assert torch.equal(windows.recent[1, row, :recent], VECTORS[tokens[sink + packed :]].view(-1, 2, 64))
+            assert torch.equal(windows.sink[0, row, :sink], VECTORS[tokens[:sink]].view(-1, 2, 64).bfloat16())
+            assert torch.equal(windows.recent[1, row, :recent], VECTORS[tokens[sink + packed :]].view(-1, 2, 64).bfloat16())

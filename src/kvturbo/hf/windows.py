@@ -69,13 +69,14 @@ class WindowTensors:
 
     Args:
         batch, sink, recent: rows and sizes in tokens.
-        like: a tensor [..., heads, tokens, d] of the layer's keys, for shape, dtype and device.
+        like: a tensor [..., heads, tokens, d] of the layer's keys, for shape and device; the windows are fp16 if it is, else bf16.
     """
 
     def __init__(self, batch: int, sink: int, recent: int, like: Tensor) -> None:
         heads, d = like.shape[1], like.shape[3]
-        self.sink = like.new_zeros(2, batch, sink, heads, d)
-        self.recent = like.new_zeros(2, batch, recent, heads, d)
+        dtype = torch.float16 if like.dtype == torch.float16 else torch.bfloat16
+        self.sink = like.new_zeros(2, batch, sink, heads, d, dtype=dtype)
+        self.recent = like.new_zeros(2, batch, recent, heads, d, dtype=dtype)
 
     @classmethod
     def of(cls, sink: Tensor, recent: Tensor) -> WindowTensors:
@@ -95,7 +96,7 @@ class WindowTensors:
 
     def insert(self, k: Tensor, v: Tensor, plan: WindowPlan) -> None:
         """Takes new keys and values [batch, tokens, heads, d] in; what leaves must have been packed before."""
-        for side, new in enumerate((k, v)):
+        for side, new in enumerate((k.to(self.sink.dtype), v.to(self.sink.dtype))):
             if plan.sink_rows is not None:
                 assert plan.sink_places is not None
                 assert plan.sink_columns is not None
