@@ -1,0 +1,249 @@
+"""The decode and schedule kernels, thread by thread on the CPU, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emulator import EmulatedKernel
+from kvturbo import KVFormat
+from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
+from kvturbo.ops.decode import cuda
+from kvturbo.ops.decode.reference import decode as reference_decode
+from support import Batch, batch_of, ints, relative_error, same_bits
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+RELATIVE_ERROR = 5e-4
+LSE_ERROR = 1e-3
+SCALE = 0.11
+HEADS = 2
+LENGTHS = [700, 0, 3, 257, 64, 130]
+CTAS = 7
+SHARED_LIMIT = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel.
+
+    Attributes:
+        name, head_dim, page_size: format and pages.
+        group, queries: query heads per KV head, and rows of q per sequence.
+        dtype, out: of q and of the output.
+        few: whether it is the kernel for few tasks.
+    """
+
+    name: str
+    head_dim: int
+    page_size: int
+    group: int
+    queries: int = 1
+    dtype: torch.dtype = torch.float32
+    out: torch.dtype = torch.float32
+    few: bool = False
+
+    @property
+    def label(self) -> str:
+        few = "-few" if self.few else ""
+        return f"{self.name}-{self.head_dim}-{self.page_size}-{self.group}x{self.queries}{few}"
+
+    @property
+    def fmt(self) -> KVFormat:
+        return KVFormat.from_name(self.name, self.head_dim, seed=5)
+
+    @property
+    def variant(self) -> cuda.Variant:
+        return cuda.variant_for(
+            self.fmt, self.page_size, self.dtype, self.out, self.group, self.queries, self.few, SHARED_LIMIT
+        )
+
+    @property
+    def bound(self) -> float:
+        """On the output's relative error, the rounding of its dtype included."""
+        return RELATIVE_ERROR + (torch.finfo(self.out).eps / 2 if self.out != torch.float32 else 0)
+
+    @property
+    def q_lens(self) -> list[int]:
+        """For `LENGTHS`: a sequence without queries, an empty one with a query, and rows of padding at the end."""
+        return [1, 1, 0, 2, 1, 0] if self.queries == 1 else [self.queries, 1, 3, 0, self.queries, 2]
+
+
+CASES = (
+    Case("k4v4", 128, 16, 4, dtype=torch.bfloat16),
+    Case("k4v4", 128, 16, 8, few=True),
+    Case("k3v3", 80, 16, 3, 3),
+    Case("k2v2", 64, 32, 8, out=torch.bfloat16),
+    Case("k8v4", 96, 64, 16, dtype=torch.float16),
+    Case("k4v3", 112, 32, 7, 3, out=torch.float16),
+    Case("lite4", 64, 64, 1),
+    Case("k4v4-o16", 192, 16, 8),
+    Case("k4v4-o32", 256, 32, 4),
+    Case("k3v2-o16", 80, 64, 4, few=True),
+    Case("k2v2-o32", 128, 64, 3, 4),
+    Case("k8v4", 256, 64, 1, 8),
+)
+
+
+def test_the_list_has_every_shape() -> None:
+    assert {case.head_dim for case in CASES} == set(HEAD_DIMS)
+    assert {case.page_size for case in CASES} == set(PAGE_SIZES)
+    assert {case.fmt.outliers for case in CASES} == {0, 16, 32}
+    assert {case.variant.row_tiles for case in CASES} == {1, 2, 3, 4}
+    assert {(case.variant.warps, case.variant.stages) for case in CASES} == {(4, 2), (8, 3)}
+
+
+class Runner:
+    """Decode of one case on the emulated kernels."""
+
+    def __init__(self, case: Case, decode: EmulatedKernel, ctas: int) -> None:
+        self.case, self.kernel, self.ctas = case, decode, ctas
+
+    def batch(self, lengths: list[int] = LENGTHS) -> Batch:
+        return batch_of(self.case.fmt, lengths, heads=HEADS, page_size=self.case.page_size)
+
+    def queries(self, batch: Batch) -> Tensor:
+        rows = len(batch.seq_lens) * self.case.queries
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(rows, HEADS * self.case.group, self.case.head_dim, generator=generator)
+        return (2 * x).to(self.case.dtype)
+
+    def __call__(self, q: Tensor, batch: Batch, *, backwards: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+        """Out and lse; memory that the kernel has to write is NaN before."""
+        self.kernel.backwards = backwards
+        out = torch.full(q.shape, math.nan, dtype=self.case.out)
+        schedule = cuda.make_schedule(q, batch.pages, batch.seq_lens, fmt=batch.fmt, out_dtype=out.dtype)
+        assert schedule.variant == self.case.variant
+        schedule.workspace.fill_(math.nan)
+        lens = [ints(options.pop(name, None), "cpu") for name in ("q_lens", "seq_starts")]
+        tensors = {"q_lens": lens[0], "seq_starts": lens[1]}
+        schedule.update(batch.seq_lens, **tensors, window=options.get("window"))
+        lse = cuda.decode(
+            q, batch.pages, batch.block_table, batch.seq_lens, out,
+            scale=SCALE, schedule=schedule, **batch.format_options(), **tensors, **options,
+        )  # fmt: skip
+        assert not schedule.counters.any(), "counters must be zero for the next launch"
+        self.plan = schedule.plan
+        return out, lse
+
+    def check(self, q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        """The result, which is the reference's and does not depend on the order in which CTAs run and copies arrive."""
+        out, lse = self(q, batch, **options)
+        other = self(q, batch, backwards=True, **options)
+        assert same_bits(out, other[0]) and same_bits(lse, other[1])
+        wanted, wanted_lse = reference(q, batch, **options)
+        assert relative_error(out, wanted) <= self.case.bound
+        finite = wanted_lse.isfinite()
+        torch.testing.assert_close(lse[~finite].double(), wanted_lse[~finite], equal_nan=True)
+        assert not finite.any() or (lse - wanted_lse)[finite].abs().max() <= LSE_ERROR
+        return out, lse
+
+
+def reference(q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for name in ("q_lens", "seq_starts"):
+        options[name] = ints(options.get(name), "cpu")
+    lse = reference_decode(
+        q.double(), batch.pages, batch.block_table, batch.seq_lens, out,
+        scale=SCALE, **batch.format_options(), **options,
+    )  # fmt: skip
+    return out, lse
+
+
+@pytest.fixture(scope="module")
+def schedule_kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
+    text = (cuda._FOLDER / "schedule.cu").read_text()
+    return EmulatedKernel(text, {}, "schedule", tmp_path_factory.mktemp("schedule"))
+
+
+def build(case: Case, folder: Path) -> EmulatedKernel:
+    variant = case.variant
+    return EmulatedKernel(variant.source(), variant.macros(), "decode", folder, variant.shared_bytes)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.label, scope="module")
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return SimpleNamespace(case=request.param, decode=build(request.param, tmp_path_factory.mktemp("decode")))
+
+
+@pytest.fixture
+def run(kernel: SimpleNamespace, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    runner = Runner(kernel.case, kernel.decode, CTAS)
+    monkeypatch.setattr(cuda, "_kernels", lambda *_: (runner.kernel, schedule_kernel, runner.ctas))
+    monkeypatch.setattr(cuda, "_shared_limit", lambda _: SHARED_LIMIT if kernel.case.few else 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    return runner
+
+
+def test_a_ragged_batch_in_pieces(run: Runner) -> None:
+    batch = run.batch()
+    q_lens = None if run.case.queries == 1 else run.case.q_lens
+    run.check(run.queries(batch), batch, q_lens=q_lens)
+    assert pieces(run.plan) > 0, "no task crosses a chunk"
+
+
+def pieces(plan: Tensor) -> int:
+    """How many chunks begin inside a task."""
+    big, total = int(plan[0]), int(plan[2])
+    records = plan[8 : int(plan[4])].view(-1, 8)[:CTAS].tolist()
+    return sum((c * big - r[1]) % r[2] != 0 for c, r in enumerate(records) if c * big < total)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window and starts": {"window": 150, "seq_starts": [0, 0, 2, 120, 70, 5]},
+    "soft cap and sinks": {"soft_cap": 1.5, "sinks": True},
+    "all": {"window": 66, "soft_cap": 2.0, "sinks": True, "seq_starts": [5, 0, 0, 250, 0, 129]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_with_queries_of_many_lengths_and_padding(run: Runner, options: dict[str, Any]) -> None:
+    batch = run.batch()
+    options = dict(options, q_lens=run.case.q_lens)
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-2, 3, HEADS * run.case.group)
+    run.check(run.queries(batch), batch, **options)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_nan_scale_makes_exactly_the_rows_that_see_it_nan(run: Runner, side: Side) -> None:
+    clean, dirty, spoilt = run.batch(), run.batch(), run.batch()
+    options: dict[str, Any] = {"q_lens": run.case.q_lens, "window": 120, "seq_starts": [0, 0, 1, 200, 0, 33]}
+    q = run.queries(clean)
+    for sequence, position in ((0, 0), (0, 570), (2, 0), (3, 199), (5, 32)):  # before the window or the start
+        dirty.put(sequence, position, side, math.nan)
+    wanted, got = run(q, clean, **options), run(q, dirty, **options)
+    assert wanted[0].isfinite().all()
+    assert same_bits(wanted[0], got[0]) and same_bits(wanted[1], got[1])
+    for sequence, position in ((0, 699), (4, 40)):  # the last query of sequence 0 only, all of sequence 4
+        spoilt.put(sequence, position, side, math.nan)
+    out, _ = run.check(q, spoilt, **options)
+    first = [sum(options["q_lens"][:i]) for i in range(len(LENGTHS) + 1)]
+    bad = {first[1] - 1, *range(first[4], first[5])}
+    assert {row for row in range(len(q)) if out[row].isnan().any()} == bad
+    assert out[sorted(bad)].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [CASES[3]], ids=lambda case: case.label, indirect=True)
+def test_chunks_drawn_by_ticket_give_the_same_bits_in_any_order(run: Runner) -> None:
+    run.ctas = 2
+    batch = run.batch([2200, 1900, 2170, 2050])
+    run.check(run.queries(batch), batch)
+    big, small, total = run.plan[:3].tolist()
+    assert -(-(total - 2 * big) // small) >= 2, "too few chunks are left to be drawn"
+
+
+@pytest.mark.parametrize("kernel", [CASES[1]], ids=lambda case: case.label, indirect=True)
+def test_a_ring_of_three_stages_is_used_more_than_once(run: Runner) -> None:
+    run.ctas = 2
+    batch = run.batch([2100, 130])
+    run.check(run.queries(batch), batch)
+    assert int(run.plan[0]) > run.case.variant.warps * run.case.variant.stages
