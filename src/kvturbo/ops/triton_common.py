@@ -106,6 +106,12 @@ def rotation_matrix(head_dim: int, seed: int, side: Side, rotate: bool, device: 
     return _ordered(matrix, order).to(torch.bfloat16).contiguous().to(device)
 
 
+@lru_cache(maxsize=64)
+def device_signs(head_dim: int, seed: int, device: torch.device) -> Tensor:
+    """`kvturbo.rotation.signs`, copied to the device once: a copy from the host can't be captured in a graph."""
+    return signs(head_dim, seed, device)
+
+
 def norm(head_dim: int, rotate: bool) -> float:
     """What a product with `rotation_matrix` is multiplied by."""
     return float(head_dim**-0.5) if rotate else 1.0

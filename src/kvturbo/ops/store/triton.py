@@ -18,7 +18,6 @@ from kvturbo.layout import PageLayout
 from kvturbo.ops import triton_common as common
 from kvturbo.ops.triton_common import exact_dot, key_word, value_word, words_at
 
-ROWS = 16
 SEARCH = tl.constexpr((0.88, 0.94, 1.0, 1.06, 1.12))
 THRESHOLDS2 = tl.constexpr(CODEBOOKS[2].thresholds)
 THRESHOLDS3 = tl.constexpr(CODEBOOKS[3].thresholds)
@@ -89,7 +88,7 @@ def _encode(y, m_column, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr
             level = _magnitudes(_indices(size, candidate, BITS), BITS)
             new_dot = tl.sum(size * level, 1)
             new_cc = tl.sum(tl.where(m_column, level * level, 0.0), 1)
-            new_score = tl.div_rn(new_dot * new_dot, new_cc)
+            new_score = new_dot * new_dot / new_cc
             if j == 0:
                 score, dot, cc, best = new_score, new_dot, new_cc, candidate
             else:
@@ -135,21 +134,37 @@ def _put(pointer, new, bits, mask):
 
 
 @triton.jit
-def _rotate(
+def _load_vectors(x, outlier_channels, m_row, start, STEP: tl.constexpr, OUTLIERS: tl.constexpr, D: tl.constexpr):
+    """Channels start..start+STEP-1 of the vectors at pointers x [rows], outlier channels zeroed, in fp32."""
+    c = start + tl.arange(0, STEP)
+    part = tl.load(x[:, None] + c[None, :], mask=m_row[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    if OUTLIERS > 0:
+        for i in range(OUTLIERS):
+            part = tl.where(c[None, :] == tl.load(outlier_channels + i), 0.0, part)
+    return part
+
+
+@triton.jit
+def _butterflies(x, ROWS: tl.constexpr, D: tl.constexpr):
+    """Sylvester's transform of x [ROWS, D] in the order 1, 2, 4, ...: neighbours are added, and the index turns by one bit."""
+    for i in tl.static_range(8):
+        if (1 << i) < D:
+            a, b = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, D))
+    return x
+
+
+@triton.jit
+def _by_matrix(
     x, matrix, outlier_channels, m_row, N: tl.constexpr, PLACES: tl.constexpr, OUTLIERS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """x [ROWS, D] at pointers, outlier channels zeroed, times the rotation: [ROWS, N] fp32, without the factor."""
+    """The vectors at x times a `rotation_matrix`: [ROWS, N] fp32, without the factor."""
     place = tl.arange(0, N)
     y = tl.zeros((ROWS, N), tl.float32)
-    STEP: tl.constexpr = DV if DV < 64 else 64
-    for start in range(0, D, STEP):
-        c = start + tl.arange(0, STEP)
-        m_x = m_row[:, None] & (c < D)[None, :]
-        part = tl.load(x[:, None] + c[None, :], mask=m_x, other=0.0).to(tl.float32)
-        if OUTLIERS > 0:
-            for i in range(OUTLIERS):
-                part = tl.where(c[None, :] == tl.load(outlier_channels + i), 0.0, part)
+    for start in range(0, D, 64):
+        c = start + tl.arange(0, 64)
+        part = _load_vectors(x, outlier_channels, m_row, start, 64, OUTLIERS, D)
         m_matrix = (c < D)[:, None] & (place < PLACES)[None, :]
         b_matrix = tl.load(matrix + place[None, :] * D + c[:, None], mask=m_matrix, other=0.0).to(DOT)
         if EXACT:
@@ -160,10 +175,45 @@ def _rotate(
 
 
 @triton.jit
-def _unit_words(codes, e, U: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr):
-    """The sum over a unit's elements of codes [ROWS, 8 U] << STRIDE * e: [ROWS, U]."""
-    shifted = tl.reshape(codes << (e * STRIDE).to(tl.uint32)[None, :], (ROWS, 8 // PACK, U, PACK))
-    return tl.sum(tl.sum(shifted, 3), 1)
+def _rotate_keys(
+    x, turn, outlier_channels, m_row, U: tl.constexpr, OUTLIERS: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Rotated keys [ROWS, 8 U], element e of unit u at 8 u + e, without the factor.
+
+    `turn` holds the signs where d is a power of two, and a `rotation_matrix` where it is not.
+    """
+    if D == DV:
+        y = _load_vectors(x, outlier_channels, m_row, 0, D, OUTLIERS, D)
+        if ROTATE:
+            y = _butterflies(y * tl.load(turn + tl.arange(0, D))[None, :], ROWS, D)
+        y = tl.permute(tl.reshape(y, (ROWS, U // 4, 2, 4, 4)), (0, 3, 1, 2, 4))
+    else:
+        y = _by_matrix(x, turn, outlier_channels, m_row, 8 * U, 8 * U, OUTLIERS, D, DV, ROWS, EXACT, DOT)
+        y = tl.permute(tl.reshape(y, (ROWS, 8, U)), (0, 2, 1))
+    return tl.reshape(y, (ROWS, 8 * U))
+
+
+@triton.jit
+def _rotate_values(
+    x, turn, m_row, ROTATE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Rotated values [ROWS, DV] by columns, without the factor; `turn` as for keys."""
+    if D == DV:
+        y = _load_vectors(x, turn, m_row, 0, D, 0, D)
+        if ROTATE:
+            y = _butterflies(y * tl.load(turn + tl.arange(0, D))[None, :], ROWS, D)
+        y = tl.reshape(tl.permute(tl.reshape(y, (ROWS, D // 32, 4, 8)), (0, 1, 3, 2)), (ROWS, D))
+    else:
+        y = _by_matrix(x, turn, turn, m_row, DV, D, 0, D, DV, ROWS, EXACT, DOT)
+    return y
+
+
+@triton.jit
+def _unit_words(codes, shift, U: tl.constexpr, ROWS: tl.constexpr):
+    """The sum over each unit's elements of codes [ROWS, 8 U] << shift [8 U]: [ROWS, U]."""
+    return tl.sum(tl.reshape(codes << shift.to(tl.uint32)[None, :], (ROWS, U, 8)), 2)
 
 
 @triton.jit
@@ -184,21 +234,19 @@ def _store_outliers(
 
 @triton.jit
 def _store_keys(
-    x, base, slot, m_row, matrix, outlier_channels, norm,
-    D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
+    x, base, slot, m_row, turn, outlier_channels, norm,
+    D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, ROTATE: tl.constexpr,
     RULE: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALE: tl.constexpr, OUTLIERS: tl.constexpr,
     OUT_CODES: tl.constexpr, OUT_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Encodes keys of tokens [ROWS] and writes them into their slots."""
     U: tl.constexpr = 4 * SP
-    N: tl.constexpr = 8 * U
     HALF: tl.constexpr = D % 32 == 16
-    place = tl.arange(0, N)
-    u_place = place % (U * PACK) // PACK
-    e = place // (U * PACK) * PACK + place % PACK
-    step_place = u_place % SP
+    place = tl.arange(0, 8 * U)
+    e = place % 8
+    step_place = place // 8 % SP
     m_place = (step_place < D // 32) | ((step_place == D // 32) & (e < 4) & HALF)
-    y = _rotate(x, matrix, outlier_channels, m_row, N, N, OUTLIERS, D, DV, ROWS, EXACT, DOT) * norm
+    y = _rotate_keys(x, turn, outlier_channels, m_row, U, OUTLIERS, ROTATE, D, DV, ROWS, EXACT, DOT) * norm
     u = tl.arange(0, U)
     is_half = ((u % SP == D // 32) & HALF)[None, :]
     m_unit = m_row[:, None] & ((u % SP < D // 32) | ((u % SP == D // 32) & HALF))[None, :]
@@ -207,15 +255,15 @@ def _store_keys(
     if KB == 8:
         code, scale = _encode_int8(y)
         address, _ = key_word(slot[:, None], u[None, :], 8, SP, D, P)
-        first = _unit_words(tl.where((e < 4)[None, :], code, 0), e, U, PACK, ROWS, 8)
-        second = _unit_words(tl.where((e >= 4)[None, :], code, 0), e - 4 * (e >= 4).to(tl.int32), U, PACK, ROWS, 8)
+        first = _unit_words(tl.where((e < 4)[None, :], code, 0), 8 * (e % 4), U, ROWS)
+        second = _unit_words(tl.where((e >= 4)[None, :], code, 0), 8 * (e % 4), U, ROWS)
         tl.store(codes + address, first, mask=m_unit)
         tl.store(codes + address + 1, second, mask=m_unit & (is_half == 0))
     else:
         index, negative, scale = _encode(y, m_place[None, :], KB, RULE, D)
         if KB == 4:
-            word = _unit_words(index, e, U, PACK, ROWS, 4)
-            sign = _unit_words(negative, tl.where(e < 4, 8 * e + 7, 8 * e - 29), U, PACK, ROWS, 1)
+            word = _unit_words(index, 4 * e, U, ROWS)
+            sign = _unit_words(negative, tl.where(e < 4, 8 * e + 7, 8 * e - 29), U, ROWS)
             address, _ = key_word(slot[:, None], u[None, :], 4, SP, D, P)
             if HALF:
                 shift = (16 * odd).to(tl.uint32)
@@ -229,13 +277,13 @@ def _store_keys(
             bits = tl.where(is_half, tl.full((ROWS, U), 0x3333, tl.uint32), 0x33333333)
             address, shift = key_word(slot[:, None], u[None, :], 2, SP, D, P)
             shift = shift.to(tl.uint32)
-            _put(codes + address, _unit_words(two, e, U, PACK, ROWS, 4) << shift, bits << shift, m_unit)
+            _put(codes + address, _unit_words(two, 4 * e, U, ROWS) << shift, bits << shift, m_unit)
             if KB == 3:
                 bits = tl.where(is_half, tl.full((ROWS, U), 0x1111, tl.uint32), 0x11111111)
                 address, shift = key_word(slot[:, None], u[None, :], 1, SP, D, P)
                 shift = shift.to(tl.uint32)
                 signs = words_at(base + K_SIGNS)[:, None]
-                _put(signs + address, _unit_words(negative, e, U, PACK, ROWS, 4) << shift, bits << shift, m_unit)
+                _put(signs + address, _unit_words(negative, 4 * e, U, ROWS) << shift, bits << shift, m_unit)
     tl.store((base + K_SCALE).to(tl.pointer_type(tl.float16)) + slot, scale, mask=m_row)
     if OUTLIERS > 0:
         _store_outliers(x, base, slot, m_row, outlier_channels, OUTLIERS, OUT_CODES, OUT_SCALE, P, ROWS)
@@ -281,12 +329,13 @@ def _put_values(
 
 @triton.jit
 def _store_values(
-    x, pages, offset, slot, m_row, matrix, norm,
-    D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, RULE: tl.constexpr, V_CODES: tl.constexpr,
-    V_SIGNS: tl.constexpr, V_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    x, pages, offset, slot, m_row, turn, norm,
+    D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, ROTATE: tl.constexpr, RULE: tl.constexpr,
+    V_CODES: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Encodes values of tokens [ROWS] and writes them into their slots."""
-    y = _rotate(x, matrix, matrix, m_row, DV, D, 0, D, DV, ROWS, EXACT, DOT) * norm
+    y = _rotate_values(x, turn, m_row, ROTATE, D, DV, ROWS, EXACT, DOT) * norm
     index, negative, scale = _encode(y, (tl.arange(0, DV) < D)[None, :], VB, RULE, D)
     tl.store((pages + offset + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, scale, mask=m_row)
 
@@ -334,12 +383,12 @@ def _store_values(
     do_not_specialize_on_alignment=["k", "v", "slot_mapping", "outlier_channels"],
 )
 def _store(
-    k, v, pages, slot_mapping, outlier_channels, k_matrix, v_matrix,
-    num_tokens, k_stride_t, k_stride_h, v_stride_t, v_stride_h, stride_page, k_norm, v_norm,
+    k, v, pages, slot_mapping, outlier_channels, k_turn, v_turn,
+    num_tokens, k_stride_t, k_stride_h, v_stride_t, v_stride_h, stride_page, norm,
     D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
     VB: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, V_CODES: tl.constexpr, V_SIGNS: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr,
-    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
+    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, ROTATE: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
     ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one KV head, keys or values."""
@@ -353,14 +402,14 @@ def _store(
     token = row.to(tl.int64)
     if tl.program_id(2) == 0:
         _store_keys(
-            k + token * k_stride_t + head.to(tl.int64) * k_stride_h, pages + offset, slot, m_row, k_matrix,
-            outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_matrix, k_norm,
-            D, P, SP, PACK, DV, KB, K_RULE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
+            k + token * k_stride_t + head.to(tl.int64) * k_stride_h, pages + offset, slot, m_row, k_turn,
+            outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_turn, norm,
+            D, P, SP, DV, KB, ROTATE, K_RULE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
     else:
         _store_values(
-            v + token * v_stride_t + head.to(tl.int64) * v_stride_h, pages, offset, slot, m_row, v_matrix, v_norm,
-            D, P, DV, VB, V_RULE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
+            v + token * v_stride_t + head.to(tl.int64) * v_stride_h, pages, offset, slot, m_row, v_turn, norm,
+            D, P, DV, VB, ROTATE, V_RULE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
 
 
@@ -390,14 +439,17 @@ def store(
     if not tokens:
         return
     k, v = common.rows_contiguous(k), common.rows_contiguous(v)
-    k_matrix, v_matrix = (
-        common.rotation_matrix(fmt.head_dim, fmt.seed, side, fmt.side(side).rotate, k.device) for side in SIDES
-    )
-    _store[(-(-tokens // ROWS), heads, 2)](
-        k, v, pages, slot_mapping, outlier_channels, k_matrix, v_matrix,
+    if triton.next_power_of_2(fmt.head_dim) == fmt.head_dim:
+        rows, turns = 8, [common.device_signs(fmt.head_dim, fmt.seed, k.device)] * 2
+    else:
+        rows = 16  # the least that a matrix product takes everywhere
+        turns = [common.rotation_matrix(fmt.head_dim, fmt.seed, side, fmt.k.rotate, k.device) for side in SIDES]
+    norm = common.norm(fmt.head_dim, fmt.k.rotate)
+    _store[(-(-tokens // rows), heads, 2)](
+        k, v, pages, slot_mapping, outlier_channels, *turns,
         tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0) // 16,
-        common.norm(fmt.head_dim, fmt.k.rotate), common.norm(fmt.head_dim, fmt.v.rotate),
+        norm, ROTATE=fmt.k.rotate,
         **common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2])), PAGE_BYTES=pages.shape[2],
-        K_RULE=fmt.k.parts[0].rule, V_RULE=fmt.v.parts[0].rule, ROWS=ROWS,
-        EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=8, num_stages=1,
+        K_RULE=fmt.k.parts[0].rule, V_RULE=fmt.v.parts[0].rule, ROWS=rows,
+        EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=4, num_stages=1,
     )  # fmt: skip
