@@ -85,4 +85,6 @@ def check(store: PackedStore, group: Group, model: Model) -> None:
         if windows is not None:
             recent = len(tokens) - sink - packed
             assert torch.equal(windows.sink[0, row, :sink], VECTORS[tokens[:sink]].view(-1, 2, 64).bfloat16())
-            assert torch.equal(windows.recent[1, row, :recent], VECTORS[tokens[sink + packed :]].view(-1, 2, 64).bfloat16())
+            assert torch.equal(
+                windows.recent[1, row, :recent], VECTORS[tokens[sink + packed :]].view(-1, 2, 64).bfloat16()
+            )
