@@ -223,9 +223,7 @@ def test_a_graph_replays_with_other_lengths_and_tokens() -> None:
             q, cache.pages, cache.block_table, seq_lens, scale=1.0, schedule=schedule, **cache.options
         )  # fmt: skip
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
+    step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,0 +1,69 @@
+"""Times decode attention of one layer against FlashAttention-3 and vLLM's TurboQuant on this GPU, and checks it in float64.
+
+    python benchmarks/decode.py                          # all cases; writes benchmarks/results/decode-<gpu>.json
+    python benchmarks/decode.py --only shapes,ragged --seconds 200
+
+Baselines that are not installed are named and skipped. Each time is the median of CUDA-graph replays with a cold L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvturbo.bench import report
+from kvturbo.bench.decode import CASES, Runner, run
+from kvturbo.bench.registry import PROVIDERS
+from kvturbo.bench.timing import copy_gb_per_s
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CASES), help=f"groups of cases, of {', '.join(CASES)}")
+    parser.add_argument("--providers", default=",".join(PROVIDERS.names()), help="columns; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument("--out", type=Path, help="the JSON file; default: results/decode-<gpu>.json")
+    parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
+    parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA GPU", file=sys.stderr)
+        return 2
+    try:
+        commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
+        providers = given.providers.split(",")
+        cases = [case for group in given.only.split(",") for case in CASES[group]]
+        for name in providers:
+            PROVIDERS.get(name)
+    except (ValueError, KeyError) as error:
+        print(f"{error}", file=sys.stderr)
+        return 2
+    path = given.out or RESULTS / f"decode-{report.gpu_slug()}.json"
+    facts: dict[str, Any] = {"copy_gb_per_s": copy_gb_per_s()}
+    runner, rows = Runner(providers), []
+
+    def done(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(report.decode_table([row], providers).splitlines()[-1], flush=True)
+
+    try:
+        complete = run(cases, runner, given.seconds, done)
+    finally:
+        report.write(path, rows, commit, **facts, skipped=runner.skipped, complete=len(rows) == len(cases))
+    print(report.decode_table(rows, providers))
+    print(f"copy bandwidth {facts['copy_gb_per_s']:.0f} GB/s; wrote {path}{'' if complete else ' (time was up)'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks of the operations: timing, providers to compare, and reports."""

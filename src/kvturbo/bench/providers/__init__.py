@@ -1,0 +1,1 @@
+"""Providers of decode attention; a new one is one file here."""
