@@ -89,9 +89,9 @@ class Inputs:
     def table(self) -> Tensor:
         return self.table_of(PAGE_SIZE)
 
-    def schedule(self, backend: str) -> Any:
-        """The step's schedule for a backend, or None where it has none to be made beforehand."""
-        return SCHEDULES[backend](self) if backend in SCHEDULES else None
+    def schedule(self, backend: str, out_dtype: torch.dtype = torch.bfloat16) -> Any:
+        """The step's schedule for a backend and outputs of a dtype, or None where it has none to be made beforehand."""
+        return SCHEDULES[backend](self, out_dtype) if backend in SCHEDULES else None
 
     def decode(self, backend: str, out: Tensor, schedule: Any) -> tuple[Tensor, Tensor]:
         """kvturbo's decode into `out`."""
@@ -102,7 +102,7 @@ class Inputs:
 
     def error(self, backend: str) -> float:
         """Relative L2 error of fp32 output against float64 attention: the first and last sequence's first and last head."""
-        schedule = self.schedule(backends.choose(backend, "decode", self.pages.device, self.fmt))
+        schedule = self.schedule(backends.choose(backend, "decode", self.pages.device, self.fmt), torch.float32)
         out, _ = self.decode(backend, torch.full(self.q.shape, torch.nan, device="cuda"), schedule)
         ends = {0, self.case.batch - 1}, {0, self.case.kv_heads - 1}
         return max(self._error_of(out, b, head) for b in ends[0] for head in ends[1])
@@ -122,13 +122,21 @@ class Inputs:
         return float((out[rows].double() - wanted).norm() / wanted.norm())
 
 
-def _triton_schedule(inputs: Inputs) -> Any:
+def _triton_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
     from kvturbo.ops.schedule import plan
 
     return plan(inputs.seq_lens, q_lens=inputs.q_lens, max_q_len=inputs.case.q_len)
 
 
-SCHEDULES: dict[str, Callable[[Inputs], Any]] = {"triton": _triton_schedule}
+def _cuda_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
+    from kvturbo.ops.decode.cuda import make_schedule
+
+    schedule = make_schedule(inputs.q, inputs.pages, inputs.seq_lens, fmt=inputs.fmt, out_dtype=out_dtype)
+    schedule.update(inputs.seq_lens, inputs.q_lens)
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[Inputs, torch.dtype], Any]] = {"triton": _triton_schedule, "cuda": _cuda_schedule}
 
 
 class Runner:
