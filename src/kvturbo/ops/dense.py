@@ -110,6 +110,11 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out / torch.where(unseen, 1.0, total).unsqueeze(-1), torch.where(unseen, -torch.inf, shift + total.log())
 
 
+def first_seen(first: int, window: int | None, seq_start: int) -> int:
+    """The first position that a query at `first`, or a later one, may see; arguments as for `causal_mask`."""
+    return max(seq_start, 0 if window is None else first - window + 1, 0)
+
+
 def causal_mask(
     n: int,
     start: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import checks
-from kvturbo.ops.dense import attend, causal_mask, merge
+from kvturbo.ops.dense import attend, causal_mask, first_seen, merge
 from kvturbo.ops.gather import gather
 from kvturbo.quantizer import has_rotated_form
 from kvturbo.rotation import rotate, unrotate
@@ -108,7 +108,7 @@ class _View:
     @property
     def first_seen(self) -> int:
         """The first position of the prefix that some query sees."""
-        return max(self.seq_start, 0 if self.window is None else self.prefix - self.window + 1, 0)
+        return first_seen(self.prefix, self.window, self.seq_start)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int, sinks: Tensor | None = None

@@ -87,6 +87,7 @@ class Variant:
         return source(_FOLDER / "decode.cu", self.fmt.head_dim)
 
 
+@lru_cache(maxsize=256)
 def variant_for(
     fmt: KVFormat,
     page_size: int,
@@ -153,6 +154,12 @@ def _shared_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+@lru_cache(maxsize=8)
+def _plan_kernel(device: torch.device) -> Kernel:
+    """schedule.cu, the same for every variant."""
+    return Kernel(compiled((_FOLDER / "schedule.cu").read_text(), arch_of(device), {}), "schedule", device)
+
+
 _LOADED: dict[tuple[Variant, torch.device], tuple[Kernel, Kernel, int]] = {}
 
 
@@ -168,11 +175,14 @@ def _kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, in
             raise RuntimeError(
                 "a decode kernel must be loaded before a graph is captured: call decode once with such tensors"
             )
-        arch = arch_of(device)
-        decode = Kernel(compiled(variant.source(), arch, variant.macros()), "decode", device, variant.shared_bytes)
-        plan = Kernel(compiled((_FOLDER / "schedule.cu").read_text(), arch, {}), "schedule", device)
+        code = compiled(variant.source(), arch_of(device), variant.macros())
+        decode = Kernel(code, "decode", device, variant.shared_bytes)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        _LOADED[key] = decode, plan, sms * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32))
+        _LOADED[key] = (
+            decode,
+            _plan_kernel(device),
+            sms * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32)),
+        )
     return _LOADED[key]
 
 
@@ -180,7 +190,7 @@ class Schedule:
     """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
 
     The workspace does not grow with the pool or the context: 2 partial results per chunk, 3 chunks per CTA; for head_dim 128
-    on a GPU with 132 multiprocessors at most 2 * 3 * 396 * 8 * 130 * 4 bytes = 9.9 MB.
+    on a GPU with 132 multiprocessors at most 2 * 3 * 264 * 16 * 130 * 4 bytes = 13.2 MB (9.9 MB for up to 8 query rows).
 
     Args:
         variant: the kernel it is for.

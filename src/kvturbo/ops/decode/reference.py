@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
-from kvturbo.ops.dense import attend, causal_mask
+from kvturbo.ops.dense import attend, causal_mask, first_seen
 from kvturbo.quantizer import dequantize, has_rotated_form
 from kvturbo.rotation import rotate, unrotate
 
@@ -49,7 +49,7 @@ def decode(
         if not count or not length:
             continue
         first = length - count
-        begin = min(length, max(seq_start, 0 if window is None else first - window + 1))
+        begin = min(length, first_seen(first, window, seq_start))
         k, v = _read(layout, pages, block_table[b], begin, length, (k_rotated, v_rotated), outlier_channels)
         query = _turn(q[rows], fmt.seed, rotate) if k_rotated else q[rows]
         mask = causal_mask(count, begin, length, first, window=window, seq_start=seq_start, device=q.device)
