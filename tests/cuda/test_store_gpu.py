@@ -111,7 +111,7 @@ def test_pages_of_an_interleaved_pool(span: int) -> None:
 
 def test_a_captured_graph_stores_the_next_tokens() -> None:
     fmt = KVFormat.from_name("k4v4", 128)
-    store.warmup(fmt, 16, torch.float32, DEVICE)
+    store.warmup(fmt, num_kv_heads=2, page_size=16, dtype=torch.float32, device=DEVICE)
     k, v = (x.to(DEVICE) for x in vectors(fmt, 8, 2))
     pages = random_pages(fmt, 16, 4, 2).to(DEVICE)
     slots = torch.arange(8, device=DEVICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -160,6 +161,42 @@ def _plan_kernel(device: torch.device) -> Kernel:
     return Kernel(compiled((_FOLDER / "schedule.cu").read_text(), arch_of(device), {}), "schedule", device)
 
 
+def _code(variant: Variant, device: torch.device) -> bytes:
+    return compiled(variant.source(), arch_of(device), variant.macros())
+
+
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_q_len: int | None = None,
+    **options: object,
+) -> None:
+    """Compiles (in parallel) and loads every kernel for queries and outputs of a dtype, whatever the batch and the options.
+
+    Args:
+        max_q_len: the largest q_len; None as 1.
+        options: of decode; they are arguments of the kernel here.
+
+    Raises:
+        KeyError: dtype is not bf16, fp16 or fp32.
+    """
+    limit, group = _shared_limit(device), num_q_heads // num_kv_heads
+    variants = {
+        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limit)
+        for q_len in range(1, (max_q_len or 1) + 1)
+        for tasks in (1, _FEW_TASKS + 1)
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda variant: _code(variant, device), variants))
+    for variant in variants:
+        _kernels(variant, device)
+
+
 _LOADED: dict[tuple[Variant, torch.device], tuple[Kernel, Kernel, int]] = {}
 
 
@@ -175,7 +212,7 @@ def _kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, in
             raise RuntimeError(
                 "a decode kernel must be loaded before a graph is captured: call decode once with such tensors"
             )
-        code = compiled(variant.source(), arch_of(device), variant.macros())
+        code = _code(variant, device)
         decode = Kernel(code, "decode", device, variant.shared_bytes)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         _LOADED[key] = (

@@ -63,13 +63,14 @@ def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, rotated: bool, d
     return Kernel(compiled(variant.source(), arch_of(device), variant.macros()), "gather", device)
 
 
-def warmup(fmt: KVFormat, page_size: int, dtype: torch.dtype, device: torch.device, *, rotated: bool = False) -> None:
-    """Compiles and loads the kernel that makes copies of a dtype, so that no call has to.
+def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles and loads the kernels that make copies of a dtype, rotated ones and others, whatever the number of heads.
 
     Raises:
         KeyError: dtype is not bf16, fp16 or fp32.
     """
-    _kernel(fmt, fmt.page_bytes(page_size), dtype, rotated, device)
+    for rotated in (False,) if fmt.outliers else (False, True):
+        _kernel(fmt, fmt.page_bytes(page_size), dtype, rotated, device)
 
 
 def gather(

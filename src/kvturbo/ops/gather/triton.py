@@ -134,20 +134,13 @@ def _in_eights(x: Tensor) -> bool:
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
 
 
-def warmup(
-    fmt: KVFormat,
-    *,
-    num_kv_heads: int,
-    page_size: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    rotated: bool = False,
-) -> None:
+def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
     """Compiles and loads what `gather` launches for such pages and copies of `dtype`."""
     pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
     k, v = torch.empty(2, 1, 1, num_kv_heads, fmt.head_dim, dtype=dtype, device=device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    gather(pages, table, 0, 1, (k, v), fmt=fmt, rotated=rotated, outlier_channels=channels)
+    for rotated in (False,) if fmt.outliers else (False, True):
+        gather(pages, table, 0, 1, (k, v), fmt=fmt, rotated=rotated, outlier_channels=channels)
 
 
 def gather(

@@ -61,8 +61,8 @@ def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, device: torch.de
     return Kernel(compiled(variant.source(), arch_of(device), variant.macros()), "store", device)
 
 
-def warmup(fmt: KVFormat, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compiles and loads the kernel that stores keys and values of a dtype, so that no call has to.
+def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles and loads the kernel that stores keys and values of a dtype, whatever the number of heads.
 
     Raises:
         KeyError: dtype is not bf16, fp16 or fp32.

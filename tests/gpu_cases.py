@@ -1,0 +1,131 @@
+"""What the tests on a GPU share: a cache at real lengths, queries of a given spread, and float64 attention as the oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvturbo import KVFormat, dequantize
+from kvturbo.config import SIDES
+from kvturbo.layout import PageLayout
+from kvturbo.ops import decode
+from kvturbo.ops.store.reference import store as reference_store
+from support import channels_for, ints
+
+BOUND = {"triton": 1e-3, "cuda": 5e-4}
+"""Relative L2 of fp32 decode, of the worst head."""
+
+
+@dataclass
+class Cache:
+    """Sequences of many scales on a GPU, and what their pages stand for: k, v [L, heads, d] fp64 per sequence."""
+
+    fmt: KVFormat
+    channels: Tensor | None
+    pages: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"fmt": self.fmt, "outlier_channels": self.channels}
+
+
+def vectors(count: int, heads: int, d: int, generator: torch.Generator) -> Tensor:
+    """Normal keys and values, [2, count, heads, d], their scales log-uniform over a factor of 1,000."""
+    x = torch.randn(2, count, heads, d, generator=generator, device="cuda")
+    return x * 10 ** (3 * torch.rand(2, count, heads, 1, generator=generator, device="cuda") - 1.5)
+
+
+def cache_of(name: str, head_dim: int, lengths: list[int], page_size: int = 16, heads: int = 2) -> Cache:
+    fmt = KVFormat.from_name(name, head_dim, seed=11)
+    generator = torch.Generator("cuda").manual_seed(5)
+    counts = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(counts) + 1, generator=generator, device="cuda").int()
+    pages = torch.full((len(order), heads, fmt.page_bytes(page_size)), 0xFF, dtype=torch.uint8, device="cuda")
+    table = torch.full((len(lengths), max(counts)), 2**31 - 1, dtype=torch.int32, device="cuda")
+    channels = channels_for(fmt, heads)
+    channels = None if channels is None else channels.cuda()
+    result = Cache(fmt, channels, pages, table, torch.tensor(lengths, dtype=torch.int32, device="cuda"), [], [])
+    used, layout = 0, PageLayout.of(fmt, page_size)
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[b, :count] = order[used : used + count]
+        used += count
+        position = torch.arange(length, device="cuda")
+        slots = table[b].long()[position // page_size] * page_size + position % page_size
+        k, v = vectors(length, heads, head_dim, generator)
+        reference_store(k, v, pages, slots, fmt=fmt, outlier_channels=channels)
+        block = pages[table[b, :count].long()].transpose(0, 1)
+        for side, x in zip(SIDES, (result.k, result.v), strict=True):
+            picked = None if channels is None else channels[:, None, None]
+            y = dequantize(layout.read(block, side), fmt, side, picked).flatten(1, 2)[:, :length]
+            x.append(y.transpose(0, 1).double())
+    return result
+
+
+def queries(cache: Cache, rows: int, group: int, std: float, dtype: torch.dtype) -> Tensor:
+    """Queries whose scores (with scale 1) over the cache's keys have a standard deviation of about `std`."""
+    generator = torch.Generator("cuda").manual_seed(8)
+    heads = cache.pages.shape[1]
+    q = torch.randn(rows, heads * group, cache.fmt.head_dim, generator=generator, device="cuda")
+    keys = torch.cat([k.float() for k in cache.k])
+    return (q * (std / keys.square().sum(-1).mean().sqrt())).to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: int, *, window: int | None = None, seq_start: int = 0,
+              soft_cap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One sequence in float64 with scale 1: q [n, Hq, d], k and v [L, Hkv, d] -> out [n, Hq, d], lse [n, Hq]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    s = torch.einsum("nhd,lhd->hnl", q.double(), k)
+    s = s if soft_cap is None else soft_cap * torch.tanh(s / soft_cap)
+    at, key = first + torch.arange(len(q), device="cuda")[:, None], torch.arange(len(k), device="cuda")[None]
+    seen = (key <= at) & (key >= seq_start) & ((key > at - window) if window is not None else True)
+    s = torch.where(seen, s, -math.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.double()[:, None, None].expand(-1, len(q), 1)), -1)
+        v = torch.cat((v, torch.zeros_like(v[:1])))
+    lse = torch.logsumexp(s, -1)
+    p = torch.exp(s - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1))
+    return torch.einsum("hnl,lhd->nhd", p, v), lse.T
+
+
+def oracle(cache: Cache, q: Tensor, q_lens: list[int] | None = None, seq_starts: list[int] | None = None,
+           sinks: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = torch.zeros(q.shape, dtype=torch.float64, device="cuda")
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device="cuda")
+    if sinks is not None:
+        lse[:] = sinks
+    row = 0
+    for b, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+        n = 1 if q_lens is None else q_lens[b]
+        rows, row = slice(row, row + n), row + n
+        if len(k) and n:
+            start = 0 if seq_starts is None else seq_starts[b]
+            out[rows], lse[rows] = attention(q[rows], k, v, len(k) - n, seq_start=start, sinks=sinks, **options)
+    return out, lse
+
+
+def run(cache: Cache, q: Tensor, out: Tensor | None = None, *, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+    for name in ("q_lens", "seq_starts"):
+        options[name] = ints(options.get(name), "cuda")
+    return decode(
+        q, cache.pages, cache.block_table, cache.seq_lens, scale=1.0, out=out, backend=backend, **options, **cache.options
+    )  # fmt: skip
+
+
+def check(cache: Cache, q: Tensor, backend: str, **options: Any) -> None:
+    out, lse = run(cache, q, torch.full(q.shape, math.nan, device="cuda"), backend=backend, **options)
+    wanted_out, wanted_lse = oracle(cache, q, **options)
+    finite = wanted_lse.isfinite()
+    difference, size = (x.norm(dim=(0, 2)) for x in (out - wanted_out, wanted_out))  # no head hides behind another
+    worst = (difference / size.clamp(min=1e-30)).max()
+    assert worst <= BOUND[backend], f"relative error {worst:.1e}"
+    assert torch.equal(lse[~finite].double(), wanted_lse[~finite])
+    assert (lse - wanted_lse)[finite].abs().max() <= 2e-3
