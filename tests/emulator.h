@@ -224,19 +224,20 @@ static float ex2(float x) {
 
 // C[16][8] += A[16][K] B[K][8] of bytes; lane (g, t) has C[g + 8 (i / 2)][2 t + i % 2], and four bytes per register of A's rows g (even
 // registers) and g + 8 (odd) and of B's column g, from k = 4 t (the first 16 k) or 16 + 4 t.
-__attribute__((optimize("O3"))) static int dot16(const unsigned* a, const unsigned* b) {
-  const int8_t *x = (const int8_t*)a, *y = (const int8_t*)b;
+template <class B> __attribute__((optimize("O3"))) static int dot16(const unsigned* a, const unsigned* b) {
+  const int8_t* x = (const int8_t*)a;
+  const B* y = (const B*)b;
   int sum = 0;
   for (int i = 0; i < 16; i++) sum += x[i] * y[i];
   return sum;
 }
-template <int HALVES> static void multiply(int* c, const unsigned (&registers)[3 * HALVES]) {
+template <int HALVES, class B = int8_t> static void multiply(int* c, const unsigned (&registers)[3 * HALVES]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   unsigned (&all)[6][32] = fragments[warp][warps[warp].generation % 2];
   for (int i = 0; i < 3 * HALVES; i++) all[i][lane] = registers[i];
   meet(warps[warp], 10 + HALVES);
   for (int i = 0; i < 4; i++)
-    for (int h = 0; h < HALVES; h++) c[i] += dot16(&all[2 * h + i / 2][4 * g], &all[2 * HALVES + h][4 * (2 * t + i % 2)]);
+    for (int h = 0; h < HALVES; h++) c[i] += dot16<B>(&all[2 * h + i / 2][4 * g], &all[2 * HALVES + h][4 * (2 * t + i % 2)]);
 }
 static void mma16(int* c, unsigned a0, unsigned a1, unsigned b) { multiply<1>(c, {a0, a1, b}); }
 static void mma32(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -245,6 +246,14 @@ static void mma32(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
 static void mma32_first(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   c[0] = c[1] = c[2] = c[3] = 0;
   mma32(c, a0, a1, a2, a3, b0, b1);
+}
+
+static void mma32_weights(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  multiply<2, uint8_t>(c, {a0, a1, a2, a3, b0, b1});
+}
+static void mma32_weights_first(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  c[0] = c[1] = c[2] = c[3] = 0;
+  mma32_weights(c, a0, a1, a2, a3, b0, b1);
 }
 
 static void copy_async(unsigned to, const void* from) {

@@ -16,8 +16,9 @@ from kvturbo.ops import decode
 from kvturbo.ops.store.reference import store as reference_store
 from support import channels_for, ints
 
-BOUND = {"triton": 1e-3, "cuda": 5e-4}
-"""Relative L2 of fp32 decode, of the worst head."""
+BOUND = {"triton": (1e-3, 0.0), "cuda": (5e-4, 3e-5)}
+"""Relative L2 of fp32 decode, of the worst head: a constant, and a share of its largest score, which int8 halves of the query leave
+an error of 3e-5 of (docs/kernels.md)."""
 
 
 @dataclass
@@ -79,13 +80,14 @@ def queries(cache: Cache, rows: int, group: int, std: float, dtype: torch.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, first: int, *, window: int | None = None, seq_start: int = 0,
-              soft_cap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One sequence in float64 with scale 1: q [n, Hq, d], k and v [L, Hkv, d] -> out [n, Hq, d], lse [n, Hq]."""
+              soft_cap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One sequence in float64 with scale 1: q [n, Hq, d], k and v [L, Hkv, d] -> out [n, Hq, d], lse [n, Hq], top |score| [Hq]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     s = torch.einsum("nhd,lhd->hnl", q.double(), k)
     s = s if soft_cap is None else soft_cap * torch.tanh(s / soft_cap)
     at, key = first + torch.arange(len(q), device="cuda")[:, None], torch.arange(len(k), device="cuda")[None]
+    largest = s.abs().amax((1, 2))
     seen = (key <= at) & (key >= seq_start) & ((key > at - window) if window is not None else True)
     s = torch.where(seen, s, -math.inf)
     if sinks is not None:
@@ -93,11 +95,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: int, *, window: int | None
         v = torch.cat((v, torch.zeros_like(v[:1])))
     lse = torch.logsumexp(s, -1)
     p = torch.exp(s - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1))
-    return torch.einsum("hnl,lhd->nhd", p, v), lse.T
+    return torch.einsum("hnl,lhd->nhd", p, v), lse.T, largest
 
 
 def oracle(cache: Cache, q: Tensor, q_lens: list[int] | None = None, seq_starts: list[int] | None = None,
-           sinks: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+           sinks: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The whole call in float64: out, lse and the largest score of each head."""
+    largest = torch.zeros(q.shape[1], dtype=torch.float64, device="cuda")
     out = torch.zeros(q.shape, dtype=torch.float64, device="cuda")
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device="cuda")
     if sinks is not None:
@@ -108,8 +112,9 @@ def oracle(cache: Cache, q: Tensor, q_lens: list[int] | None = None, seq_starts:
         rows, row = slice(row, row + n), row + n
         if len(k) and n:
             start = 0 if seq_starts is None else seq_starts[b]
-            out[rows], lse[rows] = attention(q[rows], k, v, len(k) - n, seq_start=start, sinks=sinks, **options)
-    return out, lse
+            out[rows], lse[rows], most = attention(q[rows], k, v, len(k) - n, seq_start=start, sinks=sinks, **options)
+            largest = torch.maximum(largest, most)
+    return out, lse, largest
 
 
 def run(cache: Cache, q: Tensor, out: Tensor | None = None, *, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
@@ -121,11 +126,14 @@ def run(cache: Cache, q: Tensor, out: Tensor | None = None, *, backend: str, **o
 
 
 def check(cache: Cache, q: Tensor, backend: str, **options: Any) -> None:
+    """Asserts that a call agrees with `oracle`."""
     out, lse = run(cache, q, torch.full(q.shape, math.nan, device="cuda"), backend=backend, **options)
-    wanted_out, wanted_lse = oracle(cache, q, **options)
+    wanted_out, wanted_lse, largest = oracle(cache, q, **options)
+    constant, share = BOUND[backend]
+    bound = constant + share * largest
+    error = (out - wanted_out).norm(dim=(0, 2)) / wanted_out.norm(dim=(0, 2)).clamp(min=1e-30)
+    assert (error <= bound).all(), f"relative errors {error.tolist()} above {bound.tolist()}"
     finite = wanted_lse.isfinite()
-    difference, size = (x.norm(dim=(0, 2)) for x in (out - wanted_out, wanted_out))  # no head hides behind another
-    worst = (difference / size.clamp(min=1e-30)).max()
-    assert worst <= BOUND[backend], f"relative error {worst:.1e}"
     assert torch.equal(lse[~finite].double(), wanted_lse[~finite])
-    assert (lse - wanted_lse)[finite].abs().max() <= 2e-3
+    difference = torch.where(finite, lse - wanted_lse, 0.0).abs()
+    assert (difference <= 2 * bound).all(), f"lse is {difference.max():.1e} off"

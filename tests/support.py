@@ -23,9 +23,8 @@ from kvturbo.ops import backends
 from kvturbo.ops.store.reference import store as reference_store
 
 FIELDS = ("codes", "scales", "outliers", "outlier_scale", "residual_signs", "residual_norm")
-RELATIVE_ERROR = {"reference": 1e-5}
-"""Bound on |out - oracle| / |oracle| (Frobenius) of fp32 decode per backend; `relative_bound` has the others'."""
-OTHER_RELATIVE_ERROR = 1e-4
+RELATIVE_ERROR = {"reference": 1e-5, "triton": 1e-4, "cuda": 3e-4}
+"""Bound on |out - oracle| / |oracle| (Frobenius) of fp32 decode per backend."""
 
 
 def device_of(backend: str) -> torch.device:
@@ -40,7 +39,7 @@ def runs(backend: str, operation: str, fmt: KVFormat) -> bool:
 
 
 def relative_bound(backend: str) -> float:
-    return RELATIVE_ERROR.get(backend, OTHER_RELATIVE_ERROR)
+    return RELATIVE_ERROR[backend]
 
 
 BACKENDS_UNDER_TEST = tuple(b for b in backends.BACKENDS if runs(b, "store", KVFormat.from_name("k4v4", 128)))

@@ -134,16 +134,16 @@ class Runner:
         self.plan = schedule.plan
         return out, lse
 
-    def check(self, q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    def check(self, q: Tensor, batch: Batch, *, looser: float = 1, **options: Any) -> tuple[Tensor, Tensor]:
         """The result, which is the reference's and does not depend on the order in which CTAs run and copies arrive."""
         out, lse = self(q, batch, **options)
         other = self(q, batch, backwards=True, **options)
         assert same_bits(out, other[0]) and same_bits(lse, other[1])
         wanted, wanted_lse = reference(q, batch, **options)
-        assert relative_error(out, wanted) <= self.case.bound
+        assert relative_error(out, wanted) <= looser * self.case.bound
         finite = wanted_lse.isfinite()
         torch.testing.assert_close(lse[~finite].double(), wanted_lse[~finite], equal_nan=True)
-        assert not finite.any() or (lse - wanted_lse)[finite].abs().max() <= LSE_ERROR
+        assert not finite.any() or (lse - wanted_lse)[finite].abs().max() <= looser * LSE_ERROR
         return out, lse
 
 
@@ -247,3 +247,15 @@ def test_a_ring_of_three_stages_is_used_more_than_once(run: Runner) -> None:
     batch = run.batch([2100, 130])
     run.check(run.queries(batch), batch)
     assert int(run.plan[0]) > run.case.variant.warps * run.case.variant.stages
+
+
+@pytest.mark.parametrize("kernel", [CASES[0], CASES[2], CASES[4]], ids=lambda case: case.label, indirect=True)
+def test_scores_that_climb_far_beyond_the_first_steps(run: Runner) -> None:
+    """Sums that leave the range of the reference they began with, even that of fp32: the step is done again with a new one."""
+    run.ctas = 1
+    batch = run.batch([1400, 90])
+    late = batch.k[0][1350].repeat_interleave(run.case.group, 0)  # every query looks for it
+    q = run.queries(batch) + (250 / SCALE / late.square().sum(-1, keepdim=True) * late).to(run.case.dtype)
+    scores = q[0, 0].double() @ batch.k[0][:, 0].T * SCALE / math.log(2)
+    assert scores[1350] - scores[:1024].max() > 130
+    run.check(q, batch, looser=20)

@@ -323,6 +323,10 @@ def decode(
     """See `kvturbo.ops.decode`; writes into out and returns lse."""
     tokens, heads, _ = q.shape
     batch, kv_heads = len(seq_lens), pages.shape[1]
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if not tokens or not batch:
+        out.zero_()
+        return lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.expand_as(lse))
     variant = _variant(q, pages, seq_lens, fmt, out.dtype)
     if schedule is None:
         schedule = _schedule(variant, batch, kv_heads, q.device)
@@ -337,7 +341,7 @@ def decode(
         raise ValueError(
             f"out must be contiguous and block_table's rows too, got strides {out.stride()}, {block_table.stride()}"
         )
-    q, lse = q.contiguous(), torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    q = q.contiguous()
     schedule.launch(
         _Params(
             q.data_ptr(), pages.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), pointer(q_lens),

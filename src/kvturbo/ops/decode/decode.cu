@@ -4,7 +4,7 @@
 // NW warps takes one big chunk of steps and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, each
 // with its own ring of ST stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
 // chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so the result does
-// not depend on timing. ROWS = 4 * NT: query and probability are 15-bit fixed point, 128 * hi + lo.
+// not depend on timing. ROWS = 4 * NT: query and probability are 15-bit fixed point, 256 * hi + lo.
 //
 // Layout. Page planes as in docs/page.md; offsets come as macros. Lane (g, t) = (lane / 4, lane % 4). Tokens and channels are the MMA's
 // M: the codes are A, decoded once for all rows; the queries are B, a tile of 4 rows with hi and lo in neighbouring columns, so that
@@ -29,7 +29,9 @@ constexpr int QUERIES_AT = ((RING > RESULTS ? RING : RESULTS) + 15) / 16 * 16;
 constexpr int PART = ROWS * (D + 2);        // floats of a partial result: O, then m and l per row
 constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise passes
 constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
-constexpr float Q_MAX = 16256.f;            // 127 * 128
+constexpr float Q_MAX = 32639.f;            // 256 * 127 + 127: hi and lo are signed bytes
+constexpr float P_MAX = 65535.f;            // of a weight: hi and lo are unsigned bytes
+constexpr float FAR = 1099511627776.f;      // 2^40: how far a sum may grow above its reference
 constexpr float MAGIC = 8388608.f;          // 2^23: adding it leaves an integer in the low mantissa bits
 
 struct Params {
@@ -76,6 +78,14 @@ DEV void mma32(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 DEV void mma32_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // c = a b
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+}
+DEV void mma32_weights(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // b: unsigned bytes
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEV void mma32_weights_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 DEV void mma16(int* c, u32 a0, u32 a1, u32 b) {
@@ -140,13 +150,6 @@ DEV float half_at(const u8* at) {
   float f;
   asm("{.reg .f16 h; mov.b16 h,%1; cvt.f32.f16 %0,h;}" : "=f"(f) : "h"(*(const unsigned short*)at));
   return f;
-}
-
-// Four integers in [0, 16256], each in the low bits of a float 2^23 + x.
-DEV void split_magic(const float* x, u32& hi, u32& lo) {
-  const u32 a = prmt(__float_as_uint(x[0]), __float_as_uint(x[1]), 0x5410), b = prmt(__float_as_uint(x[2]), __float_as_uint(x[3]), 0x5410);
-  hi = prmt((a >> 7) & 0x007f007fu, (b >> 7) & 0x007f007fu, 0x6420);
-  lo = prmt(a & 0x007f007fu, b & 0x007f007fu, 0x6420);
 }
 
 // ---- copies ------------------------------------------------------------------------------------------------------------------------
@@ -215,9 +218,11 @@ struct Query {                   // of rows t, 4 + t, ...
   float o_scale[NT];             // of the outlier channels' share
   float half[NT];                // 1/2 sum q
   int hi[NT], lo[NT];            // positions the rows see
+  DEV bool sees(int m, int slot) const { return slot <= hi[m] && slot >= lo[m]; }
 };
 
-// Where this lane's slots of group u lie: octet 4 u + g / 2, slots 2 j + g % 2 of it.
+// This lane's slots of group u: octet 4 u + g / 2, slots 2 j + g % 2 of it.
+DEV int own_slot(int u, int j, int g) { return u * 32 + (g >> 1) * 8 + 2 * j + (g & 1); }
 DEV const u8* own_page(const u8* data, int u, int g) { return data + (4 * u + (g >> 1)) / OCTETS * STRIDE; }
 DEV const u8* own_halves(const u8* data, int plane, int u, int g) {  // 4 bytes from j to j + 1
   return own_page(data, u, g) + plane + (4 * u + (g >> 1)) % OCTETS * 16 + (g & 1) * 2;
@@ -248,7 +253,7 @@ template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g,
   UNROLL for (int j = 0; j < 2; j++) {
     const float scale = half_at(scales + (2 * pair + j) * 4);
     UNROLL for (int m = 0; m < NT; m++)
-      s[m][u][2 * pair + j] = ((float)(c[m][2 * j] * 128 + c[m][2 * j + 1]) + q.half[m]) * (FOLDED ? scale : scale * q.scale[m]);
+      s[m][u][2 * pair + j] = ((float)(c[m][2 * j] * 256 + c[m][2 * j + 1]) + q.half[m]) * (FOLDED ? scale : scale * q.scale[m]);
   }
 #if OUTLIERS
   u32 w[4];
@@ -259,7 +264,7 @@ template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g,
     if (OUTLIERS == 16) mma16(x, w[2 * pair], w[2 * pair + 1], q.o[m][0]);
     else mma32(x, w[0], w[2], w[1], w[3], q.o[m][0], q.o[m][1]);
     UNROLL for (int j = 0; j < 2; j++)
-      s[m][u][2 * pair + j] += (float)(x[2 * j] * 128 + x[2 * j + 1]) * (half_at(own_halves(data, K_OUTLIER_SCALE, u, g) + (2 * pair + j) * 4) * q.o_scale[m]);
+      s[m][u][2 * pair + j] += (float)(x[2 * j] * 256 + x[2 * j + 1]) * (half_at(own_halves(data, K_OUTLIER_SCALE, u, g) + (2 * pair + j) * 4) * q.o_scale[m]);
   }
 #endif
 }
@@ -276,57 +281,74 @@ struct Softmax {  // of rows t, 4 + t, ...; channels 8 n + g
   float top[NT], sum[NT], half[NT], acc[NT][UNITS];
 };
 
-// Probabilities times V scales as fixed point B fragments, and what the accumulators are to be scaled by.
-template <bool MASKED> DEV void probabilities(const u8* data, int g, int t, int first_slot, const Query& q, const Params& p, Softmax& x,
-                                              float (&s)[NT][GROUPS][4], u32 (&b)[NT][GROUPS][2], float* unit, float* keep) {
-  const int from = t * 8 + (g >> 1), first = from + (g & 1) * 4, second = from + (1 - (g & 1)) * 4;  // see the shuffles below
-  const u32 low = g & 1 ? 0x1504 : 0x5140, high = g & 1 ? 0x3726 : 0x7362;
+// Soft cap, masks, and new references for the exponentials where asked; scores become multiples of `factor`.
+DEV void prepare_scores(int g, int first_slot, bool masked, bool exact, const Query& q, const Params& p, Softmax& x,
+                        float (&s)[NT][GROUPS][4], float (&factor)[NT]) {
   UNROLL for (int m = 0; m < NT; m++) {
-    float scale_q = FOLDED ? q.scale[m] : 1.f;
     if (p.soft_cap > 0) {
-      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) s[m][u][j] = p.soft_cap * tanhf(s[m][u][j] * scale_q / p.soft_cap);
-      scale_q = 1;
+      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) s[m][u][j] = p.soft_cap * tanhf(s[m][u][j] * factor[m] / p.soft_cap);
+      factor[m] = 1;
     }
-    if (MASKED)
-      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) {
-        const int slot = first_slot + u * 32 + (g >> 1) * 8 + 2 * j + (g & 1);
-        if (slot > q.hi[m] || slot < q.lo[m]) s[m][u][j] = -INF;
-      }
+    if (masked)
+      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) if (!q.sees(m, first_slot + own_slot(u, j, g))) s[m][u][j] = -INF;
+    if (!exact) continue;
     float top = -INF;
     UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) top = max_nan(top, s[m][u][j]);
-    top = rows_max(top) * scale_q;
-    const float base = top == -INF ? 0.f : top, next = max_nan(x.top[m], top), ref = next == -INF ? 0.f : next;
-    const float gain = ex2(top - ref);
-    keep[m] = ex2(x.top[m] - ref);
+    const float next = max_nan(x.top[m], rows_max(top) * factor[m]), keep = next == -INF ? 1.f : ex2(x.top[m] - next);
     x.top[m] = next;
-    float sum = 0, most = 1e-30f;
+    x.sum[m] *= keep;
+    x.half[m] *= keep;
+    UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] *= keep;
+  }
+}
+
+// Weights (exponentials times V scales) as fixed point B fragments, and their unit. The references of the exponentials are tops of
+// earlier steps; false, with nothing changed but the scores, if one of them turns out to be too far below: then the scores are to be
+// computed again and passed with `exact`.
+DEV bool weigh(const u8* data, int g, int t, int first_slot, bool masked, bool exact, const Query& q, const Params& p, Softmax& x,
+               float (&s)[NT][GROUPS][4], u32 (&b)[NT][GROUPS][2], float* unit) {
+  float factor[NT], sum[NT];
+  UNROLL for (int m = 0; m < NT; m++) factor[m] = FOLDED ? q.scale[m] : 1.f;
+  if (masked || exact || p.soft_cap > 0) prepare_scores(g, first_slot, masked, exact, q, p, x, s, factor);
+  bool near = true;
+  UNROLL for (int m = 0; m < NT; m++) {
+    const float base = exact && x.top[m] == -INF ? 0.f : x.top[m];
+    sum[m] = 0;
     UNROLL for (int u = 0; u < GROUPS; u++) {
       const u8* scales = own_halves(data, V_SCALE, u, g);
       UNROLL for (int j = 0; j < 4; j++) {
-        const float e = ex2(fmaf(s[m][u][j], scale_q, -base));
-        sum += e;
-        float w = e * half_at(scales + j * 4);
-        if (MASKED && s[m][u][j] == -INF) w = 0;  // not e * scale: the slot may hold anything
-        s[m][u][j] = w;
-        most = max_nan(most, w);
+        const float e = ex2(fmaf(s[m][u][j], factor[m], -base));
+        sum[m] += e;
+        s[m][u][j] = e * half_at(scales + j * 4);
       }
     }
+    near = near && sum[m] <= FAR;
+  }
+  if (masked)  // not e times the scale: the slot may hold anything
+    UNROLL for (int m = 0; m < NT; m++) UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++)
+      if (!q.sees(m, first_slot + own_slot(u, j, g))) s[m][u][j] = 0;
+  if (!exact && !__all_sync(~0u, near)) return false;
+  // Column g of a fragment holds hi (g even) or lo (g odd) of row g / 2. A lane with even g sends hi in the first exchange, one with odd
+  // g lo: then every column gets its half of the even slots in one exchange and of the odd slots in the other.
+  const int from = t * 8 + (g >> 1), first = from + (g & 1) * 4, second = from + (1 - (g & 1)) * 4;
+  const u32 low = g & 1 ? 0x1504 : 0x5140, high = g & 1 ? 0x3726 : 0x7362, mine = g & 1 ? 0x5410 : 0x7632, other = g & 1 ? 0x7632 : 0x5410;
+  UNROLL for (int m = 0; m < NT; m++) {
+    float most = 1e-30f;
+    UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) most = max_nan(most, s[m][u][j]);
     most = rows_max(most);
-    x.sum[m] = x.sum[m] * keep[m] + sum * gain;
-    unit[m] = most * (gain / Q_MAX);
-    const float r = __fdividef(Q_MAX, most);
+    x.sum[m] += sum[m];
+    unit[m] = most * (1.f / P_MAX);
+    const float r = __fdividef(P_MAX, most);
     UNROLL for (int u = 0; u < GROUPS; u++) {
-      float y[4];
-      UNROLL for (int j = 0; j < 4; j++) y[j] = fmaf(s[m][u][j], r, MAGIC);
-      u32 h, l;
-      split_magic(y, h, l);
-      // Column g holds hi (g even) or lo (g odd) of row g / 2. A lane with even g sends hi in the first exchange, one with odd g lo: then
-      // every column gets its half of the even slots in one exchange and of the odd slots in the other.
-      const u32 a0 = __shfl_sync(~0u, g & 1 ? l : h, first), a1 = __shfl_sync(~0u, g & 1 ? h : l, second);
+      u32 y[4];  // 2^23 + weight as a float: the integer is in the low two bytes
+      UNROLL for (int j = 0; j < 4; j++) y[j] = __float_as_uint(fmaf(s[m][u][j], r, MAGIC));
+      const u32 y01 = prmt(y[0], y[1], 0x5140), y23 = prmt(y[2], y[3], 0x5140);
+      const u32 a0 = __shfl_sync(~0u, prmt(y01, y23, mine), first), a1 = __shfl_sync(~0u, prmt(y01, y23, other), second);
       b[m][u][0] = prmt(a0, a1, low);
       b[m][u][1] = prmt(a0, a1, high);
     }
   }
+  return true;
 }
 
 DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&b)[NT][GROUPS][2], const float* unit, Softmax& x) {
@@ -334,8 +356,9 @@ DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&
   UNROLL for (int m = 0; m < NT; m++) {  // 1/2 sum p is the same for all channels: kept apart
     int c[4];
     UNROLL for (int u = 0; u < GROUPS; u++)
-      if (u) mma32(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]); else mma32_first(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
-    x.half[m] = fmaf((float)(c[0] * 128 + c[1]), 0.5f * unit[m], x.half[m]);
+      if (u) mma32_weights(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
+      else mma32_weights_first(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
+    x.half[m] = fmaf((float)(c[0] * 256 + c[1]), 0.5f * unit[m], x.half[m]);
   }
   Units<V_BITS, true> v[GROUPS];
   UNROLL for (int u = 0; u < GROUPS; u++) v[u].at(data + (4 * u + t) / OCTETS * STRIDE, (4 * u + t) % OCTETS, g);
@@ -346,24 +369,14 @@ DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&
       v[u].unit(n0 + 2 * i, table, even[0], even[1]);
       v[u].unit(n0 + 2 * i + 1, table, odd[0], odd[1]);
       UNROLL for (int m = 0; m < NT; m++)
-        if (u) mma32(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
-        else mma32_first(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
+        if (u) mma32_weights(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
+        else mma32_weights_first(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
     }
     UNROLL for (int i = 0; i < 2; i++) if (n0 + 2 * i < UNITS)
       UNROLL for (int m = 0; m < NT; m++) UNROLL for (int j = 0; j < 2; j++) {
         float& acc = x.acc[m][n0 + 2 * i + j];
-        acc = fmaf((float)(c[i][m][2 * j] * 128 + c[i][m][2 * j + 1]), unit[m], acc);
+        acc = fmaf((float)(c[i][m][2 * j] * 256 + c[i][m][2 * j + 1]), unit[m], acc);
       }
-  }
-}
-
-DEV void rescale(Softmax& x, const float* keep) {
-  bool same = true;
-  UNROLL for (int m = 0; m < NT; m++) same = same && keep[m] == 1.f;
-  if (__all_sync(~0u, same)) return;
-  UNROLL for (int m = 0; m < NT; m++) {
-    x.half[m] *= keep[m];
-    UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] *= keep[m];
   }
 }
 
@@ -380,10 +393,10 @@ DEV float warp_max(float x) {  // of values that are not negative; a NaN wins, a
   return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
 }
 DEV void put_fixed_point(float x, float r, u32* tile, int row, int lane, int& sum) {  // channel `lane` of a k-step
-  const int y = __float2int_rn(x * r), hi = (y + 64) >> 7;
+  const int y = __float2int_rn(x * r), hi = (y + 128) >> 8;
   char* at = (char*)&tile[(row * 8 + lane % 16 / 4) * 2 + lane / 16] + lane % 4;
   at[0] = hi;
-  at[32] = y - (hi << 7);
+  at[32] = y - (hi << 8);
   sum += y;
 }
 
@@ -605,24 +618,26 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       }
       float s[NT][GROUPS][4];
       if (step < s1) { ring.wait<ST - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
-      for (; step < s1; step += NW) {
+      for (bool exact = true; step < s1;) {
         const u8* data = ring.data();
         Ring ahead = ring;
         ahead.advance();
-        const bool more = step + NW < s1;
         u32 b[NT][GROUPS][2];
-        float unit[NT], keep[NT];
-        if (step < inner || step >= outer) probabilities<true>(data, g, t, slot0 + step * STEP, q, p, x, s, b, unit, keep);
-        else probabilities<false>(data, g, t, slot0 + step * STEP, q, p, x, s, b, unit, keep);
-        rescale(x, keep);
-        add_values(data, g, t, v_table, b, unit, x);
-        if (more) ahead.wait<ST - 2>();
-        step_scores<K_BITS>(more ? ahead.data() : data, g, t, k_table, q, s);  // of the next step
+        float unit[NT];
+        const bool done = weigh(data, g, t, slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit);
+        exact = !done;
+        if (done) {
+          add_values(data, g, t, v_table, b, unit, x);
+          if (step + NW < s1) { ahead.wait<ST - 2>(); data = ahead.data(); }
+        }
+        step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
+        if (!done) continue;
         __syncwarp();
         const int later = step + NW * ST;
         if (later < s1) issue(ring.stage, later, next_id); else ring.skip();
         if (later + NW < s1) next_id = page_id(later + NW);
         ring.advance();
+        step += NW;
       }
       const int first = chunk_of(begin), splits = chunk_of(begin + steps - 1) - first + 1;
       finish_piece(p, k, x, sh, (float*)smem, p.workspace + (i64)(2 * chunk + (s0 == 0)) * PART, first, splits, warp, lane);
