@@ -20,7 +20,8 @@ from kvturbo.rotation import gaussian_matrix, rotate, unrotate
 FP16_MAX = 65504.0
 FP16_SMALLEST = 2.0**-24
 SEARCH_STEPS = tuple(1 + 0.06 * j for j in (-2, -1, 0, 1, 2))
-_ROWS_AT_ONCE = 1 << 12  # what a search touches stays in the cache
+_ROWS_AT_ONCE = {"cpu": 1 << 12}  # what a search touches stays in the cache
+_ROWS_AT_ONCE_ELSEWHERE = 1 << 16
 
 
 @dataclass
@@ -69,11 +70,10 @@ def quantize(x: Tensor, fmt: KVFormat, side: Side, outlier_channels: Tensor | No
     rows = x.reshape(-1, fmt.head_dim)
     if channels is not None:
         channels = channels.reshape(-1, channels.shape[-1])
+    at_once = _ROWS_AT_ONCE.get(x.device.type, _ROWS_AT_ONCE_ELSEWHERE)
     pieces = [
-        _quantize_rows(
-            rows[i : i + _ROWS_AT_ONCE], form, fmt.seed, None if channels is None else channels[i : i + _ROWS_AT_ONCE]
-        )
-        for i in range(0, max(len(rows), 1), _ROWS_AT_ONCE)
+        _quantize_rows(rows[i : i + at_once], form, fmt.seed, None if channels is None else channels[i : i + at_once])
+        for i in range(0, max(len(rows), 1), at_once)
     ]
     return _join(pieces, x.shape[:-1])
 

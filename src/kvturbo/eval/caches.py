@@ -58,9 +58,11 @@ class CacheSpec:
 
         Worked out from the model's layers and the windows alone, so that a cache can be checked against it.
         """
-        if not self.packed:
-            return 0
         layers = full_attention_shapes(config, stock_layers(config)).values()
+        if not self.packed:
+            codec = BASELINES.get(self.name).codec
+            first, stop = (0, 0) if codec is None else codec.packed_range(tokens)
+            return len(layers) * (stop - first)
         formats = (KVFormat.from_name(self.name, layer.head_dim) for layer in layers)
         return sum(max(0, tokens - sum(windows_of(fmt, self.sink, self.recent))) for fmt in formats)
 

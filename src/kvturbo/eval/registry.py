@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvturbo.eval.caches import CacheSpec
+    from kvturbo.eval.codec import Codec
     from kvturbo.eval.model import LoadedModel
 
 T = TypeVar("T")
@@ -107,10 +108,12 @@ class Baseline:
     Attributes:
         new: (model configuration) -> an empty cache.
         from_raw: (raw cache of a prefill) -> a cache with its contents; the raw one is not changed.
+        codec: what its tokens are read through, None where they are kept as they are.
     """
 
     new: Callable[[Any], Any]
     from_raw: Callable[[Any], Any]
+    codec: Codec | None = None
 
 
 TASKS: Registry[Callable[..., Task]] = Registry("task", "kvturbo.eval.tasks")

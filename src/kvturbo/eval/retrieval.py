@@ -270,9 +270,13 @@ def score(logits: torch.Tensor | np.ndarray, sample: Sample) -> list[bool]:
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or logits.shape[0] != len(sample.questions):
         raise ValueError(f"logits must be [{len(sample.questions)}, vocabulary], got {tuple(logits.shape)}")
-    predicted = logits[:-1].argmax(dim=-1).cpu().numpy()
-    finite = ~torch.isnan(logits[:-1]).any(dim=-1).cpu().numpy()
-    right = (predicted == sample.questions[1:]) & finite
+    finite = ~torch.isnan(logits).any(dim=-1)
+    return score_predictions(torch.where(finite, logits.argmax(dim=-1), -1).cpu().numpy(), sample)
+
+
+def score_predictions(predicted: np.ndarray, sample: Sample) -> list[bool]:
+    """The same from the most likely tokens: int64 [M], negative where there is none."""
+    right = predicted[:-1] == sample.questions[1:]
     correct = np.ones(sample.num_questions, dtype=bool)
     scored = sample.answer_positions[1:]
     np.logical_and.at(correct, sample.question_index[1:][scored], right[scored])

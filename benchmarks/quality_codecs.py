@@ -1,0 +1,195 @@
+"""What benchmarks/quality.py measures: formats, baselines, fixes and ablations, each a function from a model to a codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvturbo.config import ALIASES, KVFormat, ScaleRule, Side, SideFormat, format_names
+from kvturbo.eval.codec import SIXTEEN_BIT, Codec, by_layer, centred, mixed, packed_codec, scaled_keys
+from kvturbo.eval.registry import BASELINES
+from kvturbo.eval.trellis import trellis_values
+from kvturbo.guard import LayerMoments, choose_format, moments_of_weights
+from kvturbo.guard.merit import channels_for
+from kvturbo.hf.geometry import windows_of
+
+if TYPE_CHECKING:
+    from quality_rows import Subject
+
+Entry = Callable[["Subject"], Codec]
+MAIN = ("16bit", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "fp8", "vllm-4bit_nc", "vllm-3bit_nc", "kvarn-k4v2")
+"""Measured on all questions."""
+
+
+def every_entry(head_dim: int) -> dict[str, Entry]:
+    """All formats for a head_dim, then all baselines."""
+    formats = {name: format_entry(name) for name in format_names(head_dim) if name not in ALIASES}
+    codecs = {name: BASELINES.get(name).codec for name in BASELINES.names()}
+    return formats | {name: _constant(codec) for name, codec in codecs.items() if codec is not None}
+
+
+def format_entry(name: str) -> Entry:
+    """A format by name, with outlier channels from the weights and its own windows."""
+
+    def make(subject: Subject) -> Codec:
+        fmt = KVFormat.from_name(name, subject.head_dim)
+        return packed_codec(fmt, subject.loaded.outlier_channels(name))
+
+    return make
+
+
+def folded(base: Entry, alpha: float = 0.5) -> Entry:
+    """Keys scaled per RoPE pair, as folding the factors into the projections does."""
+    return lambda subject: scaled_keys(base(subject), subject.calibration.pair_factors(alpha))
+
+
+def without_mean(base: Entry, side: Side) -> Entry:
+    """The mean of the calibration text taken off keys or values."""
+
+    def make(subject: Subject) -> Codec:
+        found = subject.calibration
+        return centred(base(subject), found.key_mean if side == "k" else found.value_mean, side)
+
+    return make
+
+
+def windows(base: Entry, sink: int, recent: int) -> Entry:
+    """Other 16-bit windows."""
+    return lambda subject: replace(base(subject), sink=sink, recent=recent)
+
+
+def guarded(base: str) -> Entry:
+    """Every layer in the format that the guard chooses from the weights alone."""
+
+    def make(subject: Subject) -> Codec:
+        model = subject.loaded.model
+        moments = moments_of_weights(model.state_dict(), model.config.to_dict())
+        layers = {i: _guarded_layer(i, moment, base, subject) for i, moment in moments.items()}
+        return by_layer(layers, windows_of(KVFormat.from_name(base, subject.head_dim), None, None))
+
+    return make
+
+
+def _guarded_layer(layer: int, moments: LayerMoments, base: str, subject: Subject) -> Codec:
+    name = choose_format(moments, base)
+    if name == "16bit":
+        return SIXTEEN_BIT
+    fmt = KVFormat.from_name(name, subject.head_dim)
+    channels = {layer: channels_for(moments, fmt.outliers)} if fmt.outliers else None
+    return packed_codec(fmt, channels)
+
+
+def altered(
+    name: str,
+    *,
+    search: bool | None = None,
+    k_rule: ScaleRule | None = None,
+    v_rule: ScaleRule | None = None,
+    rotate: bool | None = None,
+) -> Entry:
+    """A format with one choice of the codec made otherwise."""
+
+    def side(form: SideFormat, rule: ScaleRule | None) -> SideFormat:
+        parts = tuple(
+            replace(part, rule=rule or part.rule, search=part.search if search is None else search)
+            for part in form.parts
+        )
+        return replace(form, parts=parts, rotate=form.rotate if rotate is None else rotate)
+
+    def make(subject: Subject) -> Codec:
+        fmt = KVFormat.from_name(name, subject.head_dim)
+        return packed_codec(replace(fmt, k=side(fmt.k, k_rule), v=side(fmt.v, v_rule)))
+
+    return make
+
+
+def edges_in_16_bits(name: str) -> Entry:
+    """The first and the last layer are not packed."""
+
+    def make(subject: Subject) -> Codec:
+        last = subject.loaded.model.config.num_hidden_layers - 1
+        codec = format_entry(name)(subject)
+        layers = {i: SIXTEEN_BIT if i in (0, last) else codec for i in range(last + 1)}
+        return by_layer(layers, (codec.sink, codec.recent))
+
+    return make
+
+
+def sharp_layers(more: str, less: str) -> Entry:
+    """The half of the layers whose heads attend to the fewest tokens in `more`, the others in `less`."""
+
+    def make(subject: Subject) -> Codec:
+        tokens = {i: t.log().mean().item() for i, t in subject.calibration.effective_tokens.items()}
+        ranked = sorted(tokens, key=lambda i: tokens[i])
+        sharp = set(ranked[: len(ranked) // 2])
+        low = format_entry(less)(subject)
+        layers = {i: format_entry(more)(subject) if i in sharp else low for i in tokens}
+        return by_layer(layers, (low.sink, low.recent))
+
+    return make
+
+
+def with_trellis(name: str) -> Entry:
+    """2-bit values by a trellis code, keys as the format has them."""
+
+    def make(subject: Subject) -> Codec:
+        fmt = KVFormat.from_name(name, subject.head_dim)
+        return mixed(format_entry(name)(subject), trellis_values(), subject.head_dim, fmt.bytes_per_token)
+
+    return make
+
+
+def _constant(codec: Codec) -> Entry:
+    return lambda _: codec
+
+
+FOLDED = "folded"
+FIXES: dict[str, Entry] = {
+    "k4v4 guarded": guarded("k4v4"),
+    f"k4v4 {FOLDED}": folded(format_entry("k4v4")),
+    f"k3v3 {FOLDED}": folded(format_entry("k3v3")),
+    "k4v4 value mean removed": without_mean(format_entry("k4v4"), "v"),
+    f"k4v4 {FOLDED}, value mean removed": without_mean(folded(format_entry("k4v4")), "v"),
+}
+"""What helps on a hard case."""
+
+
+def low_entries() -> dict[str, Entry]:
+    """Settings of at most 2.9 bits at 8k beside the formats."""
+    return {
+        f"k3v2 {FOLDED}": folded(format_entry("k3v2")),
+        "k3v2 value mean removed": without_mean(format_entry("k3v2"), "v"),
+        f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),
+        "k4v2 in sharp layers, k2v2": sharp_layers("k4v2", "k2v2"),
+        f"k4v2 in sharp layers, k2v2, {FOLDED}": folded(sharp_layers("k4v2", "k2v2")),
+    }
+
+
+def _ablations() -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for name in ("k4v4", "k4v2", "k3v3", "k3v2"):
+        base = format_entry(name)
+        found |= {
+            f"{name}": base,
+            f"{name} without search": altered(name, search=False),
+            f"{name} key scale norm": altered(name, k_rule="norm"),
+            f"{name} key scale unbiased": altered(name, k_rule="unbiased"),
+            f"{name} key scale least squares": altered(name, k_rule="least_squares"),
+            f"{name} value scale norm": altered(name, v_rule="norm"),
+            f"{name} without rotation": altered(name, rotate=False),
+            f"{name} 16 outlier channels": format_entry(f"{name}-o16"),
+            f"{name} without windows": windows(base, 0, 0),
+            f"{name} windows 4 + 0": windows(base, 4, 0),
+            f"{name} windows 4 + 128": windows(base, 4, 128),
+            f"{name} first and last layer in 16 bits": edges_in_16_bits(name),
+            f"{name} {FOLDED}": folded(base),
+            f"{name} {FOLDED}, alpha 1": folded(base, 1.0),
+            f"{name} key mean removed": without_mean(base, "k"),
+            f"{name} value mean removed": without_mean(base, "v"),
+            f"{name} {FOLDED}, value mean removed": without_mean(folded(base), "v"),
+        }
+    return found | {f"{name} trellis values": with_trellis(name) for name in ("k4v2", "k3v2")}
+
+
+ABLATIONS = _ablations()

@@ -1,0 +1,160 @@
+"""Codecs as functions: what comes back for keys and values that were stored, and how many bytes storing took.
+
+A codec stands for a cache format without its bytes: kvturbo's formats (through the reference quantiser) and the formats of
+other projects (`kvturbo.eval.baselines`) are then measured by the same code, on the same model, texts and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kvturbo.config import KVFormat, Side
+from kvturbo.hf.geometry import windows_of
+from kvturbo.quantizer import dequantize, quantize
+
+Restore = Callable[[Tensor, Side, int], Tensor]
+"""(vectors [batch, KV heads, tokens, d] fp32, side, layer) -> what a cache gives back for them, the same shape, fp32."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A lossy store of keys and values.
+
+    Attributes:
+        source: the paper or the code it follows.
+        restore: see `Restore`.
+        bytes_per_token: head_dim -> bytes of one token's key and value in one KV head, everything stored counted.
+        sink, recent: the first and the last tokens, which stay in 16 bits.
+        group: tokens that are quantised together; a group that is not full stays in 16 bits.
+    """
+
+    source: str
+    restore: Restore
+    bytes_per_token: Callable[[int], float]
+    sink: int = 0
+    recent: int = 0
+    group: int = 1
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Stored bits per key or value element of a packed token."""
+        return self.bytes_per_token(head_dim) * 8 / (2 * head_dim)
+
+    def bits_at(self, head_dim: int, tokens: int) -> float:
+        """Stored bits per element of a context of `tokens` tokens: the windows are in 16 bits."""
+        first, stop = self.packed_range(tokens)
+        packed = (stop - first) / tokens
+        return packed * self.bits_per_element(head_dim) + (1 - packed) * 16
+
+    def packed_range(self, tokens: int) -> tuple[int, int]:
+        """Which of `tokens` tokens are packed: first and one past the last."""
+        first = min(self.sink, tokens)
+        return first, max(first, (tokens - self.recent) // self.group * self.group)
+
+
+def packed_codec(
+    fmt: KVFormat,
+    channels: Mapping[int, Tensor] | None = None,
+    *,
+    sink: int | None = None,
+    recent: int | None = None,
+) -> Codec:
+    """One of kvturbo's formats, through the reference quantiser.
+
+    Args:
+        fmt: the format; it may be one that has no name.
+        channels: layer -> [KV heads, channels] int64, for formats with outlier channels.
+        sink, recent: windows in tokens, by default the format's.
+    """
+
+    def restore(x: Tensor, side: Side, layer: int) -> Tensor:
+        chosen = None if channels is None else channels[layer].unsqueeze(1).to(x.device)
+        return dequantize(quantize(x, fmt, side, chosen), fmt, side, chosen)
+
+    sink, recent = windows_of(fmt, sink, recent)
+    return Codec(f"kvturbo {fmt.name}", restore, lambda _: fmt.bytes_per_token, sink, recent)
+
+
+def scaled_keys(codec: Codec, factors: Mapping[int, Tensor]) -> Codec:
+    """Keys are multiplied by factors before they are stored and divided after.
+
+    Where both channels of a RoPE pair have one factor this is what folding the factors into the key projection, and their
+    inverses into the query projection, does to the same model: nothing is stored in addition.
+
+    Args:
+        codec: what stores them.
+        factors: layer -> [KV heads, d].
+    """
+
+    def restore(x: Tensor, side: Side, layer: int) -> Tensor:
+        if side == "v":
+            return codec.restore(x, side, layer)
+        factor = factors[layer].to(x).unsqueeze(1)
+        return codec.restore(x * factor, side, layer) / factor
+
+    return replace(codec, restore=restore)
+
+
+def centred(codec: Codec, means: Mapping[int, Tensor], side: Side) -> Codec:
+    """A constant is taken off the vectors of one side before they are stored and added after.
+
+    For values it can be folded exactly: attention weights add up to 1, so the constant comes back as a bias of the output
+    projection.
+
+    Args:
+        codec: what stores them.
+        means: layer -> [KV heads, d].
+        side: which vectors.
+    """
+
+    def restore(x: Tensor, given: Side, layer: int) -> Tensor:
+        if given != side:
+            return codec.restore(x, given, layer)
+        mean = means[layer].to(x).unsqueeze(1)
+        return codec.restore(x - mean, given, layer) + mean
+
+    return replace(codec, restore=restore)
+
+
+def by_layer(codecs: Mapping[int, Codec], windows: tuple[int, int] = (0, 0)) -> Codec:
+    """Every layer as its own codec stores it; bytes are the mean over layers.
+
+    Args:
+        codecs: by layer, none of which quantises tokens in groups.
+        windows: sink and recent tokens of all layers.
+    """
+
+    def restore(x: Tensor, side: Side, layer: int) -> Tensor:
+        return codecs[layer].restore(x, side, layer)
+
+    def size(head_dim: int) -> float:
+        return sum(codec.bytes_per_token(head_dim) for codec in codecs.values()) / len(codecs)
+
+    sources = dict.fromkeys(codec.source for codec in codecs.values())
+    return Codec(" and ".join(sources), restore, size, *windows)
+
+
+SIXTEEN_BIT = Codec("16 bit", lambda x, side, layer: x, lambda head_dim: 4.0 * head_dim)
+"""A layer that is not packed, for `by_layer`."""
+
+
+def mixed(keys: Codec, values: Codec, head_dim: int, bytes_per_token: float) -> Codec:
+    """Keys as one codec stores them, values as another.
+
+    Args:
+        keys, values: the codecs; the windows are those of `keys`.
+        head_dim: the only one it is for.
+        bytes_per_token: of both sides together.
+    """
+
+    def restore(x: Tensor, side: Side, layer: int) -> Tensor:
+        return (keys if side == "k" else values).restore(x, side, layer)
+
+    def size(asked: int) -> float:
+        if asked != head_dim:
+            raise ValueError(f"this codec is for head_dim {head_dim}, got {asked}")
+        return bytes_per_token
+
+    return replace(keys, source=f"{keys.source}, {values.source}", restore=restore, bytes_per_token=size)

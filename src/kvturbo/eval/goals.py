@@ -1,0 +1,99 @@
+"""The figures that the comparison is to reach, written down before it was run, and whether rows reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+MOST_BITS = 2.9
+ENOUGH_QUESTIONS = 2000
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach.
+
+    Attributes:
+        text: what it is.
+        target: the passing mark.
+        found: the figure, or why there is none.
+        reached: None if it was not measured.
+    """
+
+    text: str
+    target: str
+    found: str
+    reached: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.reached is None else "reached" if self.reached else "not reached"
+
+
+RATIOS = (
+    ("k4v4", "vllm-4bit_nc", 0.88),
+    ("k3v3", "vllm-3bit_nc", 0.90),
+    ("k4v3", "vllm-k3v4_nc", 0.90),
+)
+"""Format, baseline, largest ratio of mean KL."""
+CASES = (("key-bias", "k4v4 guarded", 1.2), ("key-scale", "k4v4 folded", 1.2))
+"""Hard case, fix, largest ratio of mean KL to the plain model's k4v4."""
+POINTS = (("k4v4", 1.0), ("best", 5.0))
+
+
+def check(rows: Sequence[Row]) -> list[Goal]:
+    """All goals against the rows of a report."""
+    return [*_ratios(rows), *_retrieval(rows), *_cases(rows), *_low(rows)]
+
+
+def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+    """The row with these facts, or None."""
+    return next((row for row in rows if all(row.get(name) == value for name, value in wanted.items())), None)
+
+
+def _ratios(rows: Sequence[Row]) -> Iterator[Goal]:
+    for name, other, most in RATIOS:
+        pair = [find(rows, section="text", case="plain", name=which) for which in (name, other)]
+        yield _ratio(f"mean KL of {name} over {other}", pair[0], pair[1], most)
+
+
+def _cases(rows: Sequence[Row]) -> Iterator[Goal]:
+    plain = find(rows, section="text", case="plain", name="k4v4")
+    for case, fix, most in CASES:
+        row = find(rows, section="case", case=case, name=fix)
+        yield _ratio(f"mean KL of {fix} on {case} over k4v4 on the plain model", row, plain, most)
+
+
+def _retrieval(rows: Sequence[Row]) -> Iterator[Goal]:
+    for setting in ("hard-8k", "multikey-8k"):
+        row = find(rows, section="retrieval", case="plain", name="k4v4", setting=setting)
+        yield _points(f"{setting} with k4v4, of at least {ENOUGH_QUESTIONS:,} paired questions", row, 1.0)
+
+
+def _low(rows: Sequence[Row]) -> Iterator[Goal]:
+    small = [
+        row for row in rows
+        if row["section"] == "retrieval" and row["setting"] == "hard-8k" and row["bits_at_8k"] <= MOST_BITS
+    ]  # fmt: skip
+    best = max(small, key=lambda row: row["difference"], default=None)
+    name = "" if best is None else f" ({best['name']}, {best['bits_at_8k']:.2f} bits)"
+    yield _points(f"hard-8k with the best setting of at most {MOST_BITS} bits, windows counted{name}", best, 5.0, 0)
+
+
+def _ratio(text: str, row: Row | None, other: Row | None, most: float) -> Goal:
+    if row is None or other is None:
+        return Goal(text, f"<= {most}", "-", None)
+    found = row["kl_mean"] / other["kl_mean"]
+    return Goal(text, f"<= {most}", f"{found:.3f}", found <= most)
+
+
+def _points(text: str, row: Row | None, points: float, questions: int = ENOUGH_QUESTIONS) -> Goal:
+    target = f">= {-points:+.0f} points"
+    if row is None:
+        return Goal(text, target, "-", None)
+    found = f"{100 * row['difference']:+.2f} points, n = {row['questions']:,}"
+    if row["questions"] < questions:
+        return Goal(text, target, f"{found} (too few)", None)
+    return Goal(text, target, found, 100 * row["difference"] >= -points)
