@@ -12,18 +12,22 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kvturbo.guard.plan import Plan, read_plan
 from kvturbo.hf.geometry import (
     SIXTEEN_BIT,
     Formats,
     PackedSpec,
+    Window,
+    check_plan,
     choose_formats,
     full_attention_shapes,
     stock_layers,
+    window_of_layer,
     windows_of,
 )
 from kvturbo.hf.group import Group
 from kvturbo.hf.layer import PackedLayer
-from kvturbo.hf.state import restore, saved_channels, shapes_of, to_state
+from kvturbo.hf.state import restore, saved_channels, saved_options, shapes_of, to_state
 from kvturbo.hf.store import PackedStore
 from kvturbo.storage import read_file, write_file
 
@@ -41,8 +45,11 @@ class TurboCache(Cache):
     Args:
         config: the model's configuration (`model.config` itself: it says which attention implementation is on).
         format: a format's name for all layers, or a mapping from layer index or a list over all layers; `16bit` in it
-            leaves a layer as it is. A list has None for layers that are not full attention.
-        recent: the last tokens of each row that stay in 16 bits. Default: 0 where keys have 4 bits or more, else 128.
+            leaves a layer as it is. A list has None for layers that are not full attention. Default: the plan's, else `k4v4`.
+        plan: formats, windows and outlier channels of every layer, or the file that `kvturbo check` and `kvturbo plan` write.
+            What is given beside it counts instead of the plan's.
+        recent: the last tokens of each row that stay in 16 bits, in all layers or by layer index. Default: 0 where keys have
+            4 bits or more, else 128.
         sink: the first tokens of each row that stay in 16 bits. Default: 0 where keys have 4 bits or more, else 4.
         page_size: tokens per page, 16, 32 or 64.
         max_tokens: tokens per row that the pages are made for, once and for all; None: pages grow on demand.
@@ -52,32 +59,44 @@ class TurboCache(Cache):
 
     Raises:
         ValueError: the model has no full-attention layer, cross attention, latent attention or an unsupported head_dim; a
-            format, a size or a window is not valid; or outlier channels are missing. Nothing has been allocated then.
+            format, a size or a window is not valid; the plan is for another model; or outlier channels are missing. Nothing
+            has been allocated then.
+        FileNotFoundError: there is no such plan.
     """
 
     def __init__(
         self,
         config: Any,
-        format: Formats = "k4v4",
+        format: Formats | None = None,
         *,
-        recent: int | None = None,
-        sink: int | None = None,
+        plan: Plan | str | Path | None = None,
+        recent: Window = None,
+        sink: Window = None,
         page_size: int = 16,
         max_tokens: int | None = None,
         outlier_channels: Mapping[int, Tensor] | None = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        self.options = {"recent": recent, "sink": sink, "page_size": page_size, "max_tokens": max_tokens, "seed": seed}
         layers = stock_layers(config)
         self.shapes = full_attention_shapes(config, layers)
+        if plan is not None:
+            plan = plan if isinstance(plan, Plan) else read_plan(plan)
+            check_plan(plan, self.shapes)
+            sink = {i: layer.sink for i, layer in plan.layers.items()} if sink is None else sink
+            recent = {i: layer.recent for i, layer in plan.layers.items()} if recent is None else recent
+        format = (plan.formats if plan else "k4v4") if format is None else format
+        self.options = {"recent": recent, "sink": sink, "page_size": page_size, "max_tokens": max_tokens, "seed": seed}
         self.formats = choose_formats(format, self.shapes, len(layers), seed)
+        if plan is not None and outlier_channels is None:
+            outlier_channels = plan.own_channels({i: fmt.name for i, fmt in self.formats.items()})
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         members: dict[PackedSpec, list[int]] = {}
         for i, fmt in self.formats.items():
             fmt.page_bytes(page_size)
-            spec = PackedSpec(fmt, self.shapes[i].num_kv_heads, *windows_of(fmt, sink, recent))
+            windows = windows_of(fmt, window_of_layer(sink, i), window_of_layer(recent, i))
+            spec = PackedSpec(fmt, self.shapes[i].num_kv_heads, *windows)
             members.setdefault(spec, []).append(i)
         groups = [
             Group(
@@ -110,7 +129,7 @@ class TurboCache(Cache):
         cls,
         config: Any,
         cache: Cache,
-        format: Formats = "k4v4",
+        format: Formats | None = None,
         *,
         attention_mask: Tensor | None = None,
         **options: Any,
@@ -171,7 +190,7 @@ class TurboCache(Cache):
         layers = full_attention_shapes(config, stock_layers(config))
         formats = {i: header["formats"].get(str(i), SIXTEEN_BIT) for i in layers}
         channels = saved_channels(tensors, header)
-        cache = cls(config, formats, outlier_channels=channels, backend=backend, **header["options"])
+        cache = cls(config, formats, outlier_channels=channels, backend=backend, **saved_options(header))
         if shapes_of(cache) != header["shapes"]:
             raise ValueError(
                 f"{path} is for a model with layers {header['shapes']}, the configuration has {shapes_of(cache)}"

@@ -10,12 +10,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvturbo.config import KVFormat, check_head_dim
+from kvturbo.guard.plan import SIXTEEN_BIT, Plan
 
-SIXTEEN_BIT = "16bit"
-"""What stands in place of a format's name for a layer that is kept in 16 bits."""
 DEFAULT_SINK, DEFAULT_RECENT = 4, 128
 
 Formats = str | Mapping[int, str] | Sequence[str | None]
+Window = int | Mapping[int, int | None] | None
+"""Tokens of a 16-bit window, in all layers or by layer index; None: the default of the layer's format."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,22 @@ def windows_of(fmt: KVFormat, sink: int | None, recent: int | None) -> tuple[int
     coarse = min(part.bits for part in fmt.k.parts) < 4
     sink = (DEFAULT_SINK if coarse else 0) if sink is None else sink
     return sink, (DEFAULT_RECENT if coarse else 0) if recent is None else recent
+
+
+def window_of_layer(window: Window, layer: int) -> int | None:
+    """A layer's window."""
+    return window.get(layer) if isinstance(window, Mapping) else window
+
+
+def check_plan(plan: Plan, shapes: Mapping[int, LayerShape]) -> None:
+    """Raises ValueError unless a plan is for a model with these full-attention layers."""
+    planned = {i: LayerShape(layer.num_kv_heads, layer.head_dim) for i, layer in plan.layers.items()}
+    if planned != dict(shapes):
+        wrong = sorted(i for i in {*planned, *shapes} if planned.get(i) != shapes.get(i))
+        raise ValueError(
+            f"the plan is for another model: layers {wrong} are {[planned.get(i) for i in wrong]} in the plan, "
+            f"{[shapes.get(i) for i in wrong]} in the model"
+        )
 
 
 def _names(formats: Formats, shapes: Mapping[int, LayerShape], num_layers: int) -> dict[int, str]:

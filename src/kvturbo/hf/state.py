@@ -57,6 +57,15 @@ def shapes_of(cache: TurboCache) -> dict[str, list[Any]]:
     return shapes
 
 
+def saved_options(header: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's sizes; windows by layer have their indices back, which JSON holds as text."""
+    options = dict(header["options"])
+    for name in ("sink", "recent"):
+        if isinstance(options[name], dict):
+            options[name] = {int(i): tokens for i, tokens in options[name].items()}
+    return options
+
+
 def saved_channels(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[int, Tensor]:
     """Outlier channels by layer index."""
     found: dict[int, Tensor] = {}
