@@ -1,0 +1,177 @@
+"""Outlier channels of a layer's keys, from the checkpoint: vLLM knows a layer's name, and weights are found by it.
+
+Every rank reads the key projection of its layers, chooses channels for all heads, and keeps those of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kvturbo.config import KVFormat
+from kvturbo.outliers import Pairing, choose_outlier_channels
+
+INTERLEAVED = ("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj")
+"""Model types whose RoPE turns neighbouring channels."""
+UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+"""Model types whose norms multiply by 1 + weight."""
+SPIKED_SHARE = 0.6
+"""A head whose 16 strongest channels hold more than this share of the second moment needs `-o16`: white keys have 0.13 to 0.25."""
+_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|speech)")
+
+
+@dataclass(frozen=True)
+class KeyWeights:
+    """What is known of a layer's keys before any of them exists.
+
+    Attributes:
+        second_moment: [num_kv_heads, head_dim] fp64 of all heads of the model, for white inputs with unit variance.
+        biased: whether a constant is added to the keys.
+    """
+
+    second_moment: Tensor
+    biased: bool
+
+    def spiked_share(self, count: int = 16) -> float:
+        """The largest share of a head's second moment in its `count` strongest channels."""
+        top = self.second_moment.topk(min(count, self.second_moment.shape[1]), -1).values.sum(-1)
+        return float((top / self.second_moment.sum(-1).clamp(min=1e-30)).max())
+
+
+class Checkpoint:
+    """The safetensors of a model's folder.
+
+    Args:
+        folder: where they lie.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+        if not self._files:
+            raise FileNotFoundError(f"no safetensors in {folder}")
+
+    def find(self, suffix: str) -> Tensor | None:
+        """The language model's tensor whose name ends with a suffix that begins at a layer, or None."""
+        names = [name for name in self._files if name.endswith("." + suffix) or name == suffix]
+        names = [name for name in names if not _TOWERS.search(name)]
+        if not names:
+            return None
+        name = min(names, key=len)
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def key_weights(self, layer_name: str, num_kv_heads: int, head_dim: int, unit_offset: bool) -> KeyWeights:
+        """The key projection of a layer.
+
+        Args:
+            layer_name: vLLM's, such as `model.layers.3.self_attn.attn`.
+            num_kv_heads: of the whole model.
+            head_dim: channels of a key.
+            unit_offset: whether norms multiply by 1 + weight.
+
+        Raises:
+            ValueError: the checkpoint has no `k_proj` for the layer.
+        """
+        module = layer_name[layer_name.find("layers.") :].rpartition(".")[0]
+        gain = self.find(f"{module}.k_norm.weight")
+        if gain is not None and gain.numel() == head_dim:
+            moment = (gain.double() + unit_offset).square()
+            return KeyWeights(moment.expand(num_kv_heads, -1), biased=False)
+        weight, bias = self.find(f"{module}.k_proj.weight"), self.find(f"{module}.k_proj.bias")
+        if weight is None or weight.numel() % (num_kv_heads * head_dim) or weight.shape[0] != num_kv_heads * head_dim:
+            raise ValueError(
+                f"kvturbo: the checkpoint has no unquantised {module}.k_proj.weight of {num_kv_heads} heads; use a format "
+                "without -o"
+            )
+        moment = weight.double().square().sum(1)
+        if bias is not None:
+            moment = moment + bias.double().square()
+        return KeyWeights(moment.view(num_kv_heads, head_dim), biased=bias is not None)
+
+
+@lru_cache(maxsize=4)
+def _checkpoint(folder: str) -> Checkpoint:
+    return Checkpoint(Path(folder))
+
+
+def checkpoint_of(model_config: Any, load_config: Any) -> Checkpoint:
+    """The checkpoint that vLLM has loaded: a folder, or a repository in the local Hugging Face cache.
+
+    Raises:
+        FileNotFoundError: its safetensors are not on this machine.
+    """
+    folder = Path(model_config.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                model_config.model, revision=model_config.revision, cache_dir=load_config.download_dir,
+                local_files_only=True,
+            )
+        )  # fmt: skip
+    return _checkpoint(str(folder))
+
+
+def outlier_channels(layer_name: str, fmt: KVFormat, num_kv_heads: int, vllm_config: Any) -> Tensor:
+    """The outlier channels of the heads of a layer that this rank has: [num_kv_heads, channels] int64.
+
+    Args:
+        layer_name: vLLM's.
+        fmt: an `-o` format.
+        num_kv_heads: of this rank.
+        vllm_config: vLLM's.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint does not say which.
+    """
+    model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
+    pairing: Pairing = "interleaved" if text.model_type in INTERLEAVED else "half"
+    rotary = rotary_dim(text, fmt.head_dim)
+    if vllm_config.load_config.load_format == "dummy":  # random weights have no outliers: any channels will do
+        moment = torch.ones(num_kv_heads, fmt.head_dim)
+        return choose_outlier_channels(moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
+    total = model.get_total_num_kv_heads()
+    weights = checkpoint_of(model, vllm_config.load_config).key_weights(
+        layer_name, total, fmt.head_dim, text.model_type in UNIT_OFFSET
+    )
+    chosen = choose_outlier_channels(weights.second_moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
+    parallel = vllm_config.parallel_config
+    return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
+
+
+def heads_of_rank(total: int, count: int, ranks: int, rank: int) -> Sequence[int]:
+    """Which KV heads of the model a tensor-parallel rank has, where there are fewer heads than ranks shared by several."""
+    first = rank * count if total >= ranks else rank * total // ranks
+    return list(range(first, first + count))
+
+
+def tensor_rank() -> int:
+    """This process's tensor-parallel rank."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    rank: int = get_tensor_model_parallel_rank()
+    return rank
+
+
+def rotary_dim(text_config: Any, head_dim: int) -> int:
+    """Channels that RoPE turns."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)  # some models have them by kind of layer
+    factor = parameters.get("partial_rotary_factor") or getattr(text_config, "partial_rotary_factor", None) or 1.0
+    return int(head_dim * factor)

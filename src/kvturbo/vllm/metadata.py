@@ -1,0 +1,203 @@
+"""What all layers of a group share in one step: which rows are decoded, which are prompts, and the plan of splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    max_decode_query_len,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from kvturbo.ops.checks import MAX_Q_LEN
+from kvturbo.ops.warmup import warmup
+from kvturbo.vllm.prefill import PIECE_TOKENS, ROWS_AT_ONCE
+from kvturbo.vllm.report import report
+from kvturbo.vllm.schedules import Schedules
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The first rows of a batch: sequences with few new tokens, which attend over pages only.
+
+    Attributes:
+        tokens: rows of q.
+        block_table: [B, any] int32.
+        seq_lens: [B] int32.
+        q_lens: [B] int32, or None for one row each.
+        schedule: the plan of splits, or None where the backend has none.
+    """
+
+    tokens: int
+    block_table: Tensor
+    seq_lens: Tensor
+    q_lens: Tensor | None
+    schedule: Any
+
+
+@dataclass(frozen=True)
+class PrefixPiece:
+    """A piece of a packed prefix and some rows that see all of it.
+
+    Attributes:
+        first, last: rows of the prompt part of the batch.
+        sequence: row of the block table.
+        start, stop: positions of the prefix.
+        bounds: [2, 2] int32 on the device: (0, rows) and (0, stop - start), where flash attention wants them.
+        ends: whether it is the last piece for these rows.
+    """
+
+    first: int
+    last: int
+    sequence: int
+    start: int
+    stop: int
+    bounds: Tensor
+    ends: bool
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The other rows: chunks of prompts, which attend to their own raw keys and values and to what was packed before.
+
+    Attributes:
+        first, last: rows of the batch.
+        longest: tokens of the longest chunk.
+        starts: [chunks + 1] int32, where the chunks begin, from `first` on.
+        block_table: [chunks, any] int32.
+        pieces: the packed prefixes.
+    """
+
+    first: int
+    last: int
+    longest: int
+    starts: Tensor
+    block_table: Tensor
+    pieces: list[PrefixPiece]
+
+
+@dataclass(frozen=True)
+class PackedMetadata:
+    """One step: the rows that are decoded, and the prompts; either may be None."""
+
+    decode: DecodeRows | None
+    prompts: PromptRows | None
+
+
+class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
+    """Builds `PackedMetadata` from lengths that the host knows; the device's lengths are read on the device only.
+
+    What a full CUDA graph reads (lengths, block table, plan) lies in tensors that live as long as the engine; `build` refreshes the
+    plan before every replay.
+
+    Raises:
+        ValueError: more speculative tokens than the decode kernel takes, where the host does not know the lengths exactly.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.reorder_batch_threshold: int | None
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.max_q_len = int(self.reorder_batch_threshold or 1)
+        if self.max_q_len > MAX_Q_LEN:
+            _check_long_drafts(vllm_config)
+            self.max_q_len = self.reorder_batch_threshold = 1
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = [layers[name] for name in layer_names]
+        first = self.layers[0].impl
+        for layer in self.layers:
+            layer.impl.prepare(layer, vllm_config, device)
+        most = vllm_config.scheduler_config.max_num_seqs
+        dtype = vllm_config.model_config.dtype
+        warmup(
+            first.fmt, num_q_heads=first.num_heads, num_kv_heads=first.num_kv_heads, page_size=kv_cache_spec.block_size,
+            dtype=dtype, device=device, max_q_len=self.max_q_len, backend=first.backend,
+            soft_cap=first.soft_cap, sinks=first.has_sinks,
+        )  # fmt: skip
+        self._q_lens = torch.zeros(most, dtype=torch.int32, device=device)
+        self._schedules = None
+        if first.backend == "cuda":
+            self._schedules = Schedules(
+                first.fmt, kv_cache_spec.block_size, first.num_heads, first.num_kv_heads, dtype, most,
+                self.reorder_batch_threshold, device,
+            )  # fmt: skip
+        report(vllm_config)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Uniform batches; of one token each where drafts are longer than the decode kernel takes."""
+        if max_decode_query_len(vllm_config) > MAX_Q_LEN:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return cls._cudagraph_support
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PackedMetadata:
+        """The metadata of a step; refreshes the plan of splits on the current stream, without a synchronisation."""
+        decodes, prompts, decode_tokens, _ = split_decodes_and_prefills(
+            common_attn_metadata, decode_threshold=self.max_q_len
+        )
+        return PackedMetadata(
+            self._decode_rows(common_attn_metadata, decodes, decode_tokens) if decode_tokens else None,
+            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.device) if prompts else None,
+        )
+
+    def _decode_rows(self, common: CommonAttentionMetadata, batch: int, tokens: int) -> DecodeRows:
+        seq_lens, q_lens = common.seq_lens[:batch], None
+        if tokens != batch:
+            q_lens = self._q_lens[:batch]
+            torch.sub(common.query_start_loc[1 : batch + 1], common.query_start_loc[:batch], out=q_lens)
+        schedule = None
+        if self._schedules is not None:
+            schedule = self._schedules.of(batch, tokens)
+            schedule.update(seq_lens, q_lens)
+        return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule)
+
+
+def _prompt_rows(common: CommonAttentionMetadata, decodes: int, first: int, device: torch.device) -> PromptRows:
+    starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
+    lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
+    counts = [end - start for start, end in pairwise(starts)]
+    spans: list[tuple[int, int, int, int, int, bool]] = []
+    for i, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=False)):
+        spans += _spans(i, start - first, count, length - count)
+    bounds = torch.tensor([[[0, b - a], [0, stop - begin]] for a, b, _, begin, stop, _ in spans], dtype=torch.int32)
+    if spans and device.type == "cuda":
+        bounds = bounds.pin_memory().to(device, non_blocking=True)
+    pieces = [
+        PrefixPiece(a, b, sequence, begin, stop, bounds[i], ends)
+        for i, (a, b, sequence, begin, stop, ends) in enumerate(spans)
+    ]
+    return PromptRows(
+        first, starts[-1], max(counts), common.query_start_loc[decodes : common.num_reqs + 1] - first,
+        common.block_table_tensor[decodes : common.num_reqs], pieces,
+    )  # fmt: skip
+
+
+def _spans(sequence: int, row: int, count: int, prefix: int) -> list[tuple[int, int, int, int, int, bool]]:
+    """Rows and positions that are attended at once: (first row, last row, sequence, start, stop, last for these rows)."""
+    return [
+        (a, min(a + ROWS_AT_ONCE, row + count), sequence, begin, min(begin + PIECE_TOKENS, prefix),
+         begin + PIECE_TOKENS >= prefix)
+        for a in range(row, row + count, ROWS_AT_ONCE)
+        for begin in range(0, prefix, PIECE_TOKENS)
+    ]  # fmt: skip
+
+
+def _check_long_drafts(vllm_config: Any) -> None:
+    """With asynchronous scheduling the host knows an upper bound of a drafting sequence's length only."""
+    if vllm_config.scheduler_config.async_scheduling:
+        tokens = max_decode_query_len(vllm_config) - 1
+        raise ValueError(
+            f"kvturbo: num_speculative_tokens must be at most {MAX_Q_LEN - 1} with asynchronous scheduling, got {tokens}; "
+            "lower it or pass --no-async-scheduling"
+        )

@@ -1,0 +1,122 @@
+"""What the plugin says when an engine starts: one line on the cache, and a warning where a format will not do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from kvturbo.config import KVFormat
+from kvturbo.vllm.channels import SPIKED_SHARE, UNIT_OFFSET, checkpoint_of
+from kvturbo.vllm.prefill import PIECE_TOKENS
+
+_LOG = logging.getLogger("vllm.kvturbo")
+_SAID: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's cache.
+
+    Attributes:
+        name: vLLM's.
+        packed: its format, or None.
+        why: why it is not packed.
+        nbytes: of a token, all heads of this rank, padding included.
+        dense: of a token in 16 bits.
+    """
+
+    name: str
+    packed: KVFormat | None
+    why: str
+    nbytes: float
+    dense: float
+
+
+def layers_of(vllm_config: Any) -> list[Layer]:
+    """The attention layers of a model in order, and what a token costs in each."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.worker.utils import customize_attention_spec
+
+    layers = []
+    for name, module in vllm_config.compilation_config.static_forward_context.items():
+        if not isinstance(module, Attention) or module.kv_sharing_target_layer_name:
+            continue
+        spec = module.get_kv_cache_spec(vllm_config)
+        if spec is None:
+            continue
+        spec = customize_attention_spec(module.get_attn_backend(), spec)
+        packed = getattr(module.impl, "fmt", None)
+        why = "" if packed else "sliding window" if module.sliding_window is not None else "skipped by flag"
+        dense = 2 * spec.num_kv_heads * (spec.head_size + spec.head_size_v)
+        layers.append(Layer(name, packed, why, spec.page_size_bytes / spec.block_size, dense))
+    return layers
+
+
+def summary(layers: Iterable[Layer], workspace_bytes: int) -> str:
+    """The line."""
+    layers = list(layers)
+    packed = [layer for layer in layers if layer.packed]
+    fmts = {(f.name, f.head_dim): f.bytes_per_token for f in (layer.packed for layer in packed) if f}
+    what = ", ".join(
+        f"{name} at head_dim {d}, {size} bytes per token and KV head ({4 * d} in 16 bits)"
+        for (name, d), size in fmts.items()
+    )
+    others: dict[str, list[str]] = {}
+    for i, layer in enumerate(layers):
+        if not layer.packed:
+            others.setdefault(layer.why, []).append(str(i))
+    rest = "".join(f", 16 bits: {','.join(numbers)} ({why})" for why, numbers in others.items())
+    capacity = sum(layer.dense for layer in layers) / sum(layer.nbytes for layer in layers)
+    return (
+        f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; {capacity:.2f} times the tokens of "
+        f"a 16-bit cache; workspace for prompts {workspace_bytes / 2**20:.0f} MiB ({PIECE_TOKENS} tokens at a time)"
+    )
+
+
+def report(vllm_config: Any) -> None:
+    """Logs the line and the warning, each once per process, on the first rank only."""
+    from vllm.distributed.parallel_state import is_global_first_rank
+
+    if not is_global_first_rank():
+        return
+    layers = layers_of(vllm_config)
+    modules = vllm_config.compilation_config.static_forward_context
+    workspaces = [modules[layer.name].impl.workspace_bytes for layer in layers if layer.packed]
+    _say(logging.INFO, summary(layers, max(workspaces)))
+    if vllm_config.load_config.load_format != "dummy":
+        _warn_of_spikes([layer for layer in layers if layer.packed], vllm_config)
+
+
+def _warn_of_spikes(layers: list[Layer], vllm_config: Any) -> None:
+    """Keys with a large constant bias (Qwen2, Qwen2.5) lose their small channels at 4 bits and fewer."""
+    model = vllm_config.model_config
+    shares: dict[str, float] = {}
+    for layer in layers:
+        fmt = layer.packed
+        if fmt is None or fmt.outliers or fmt.k.parts[0].bits == 8:
+            continue
+        try:
+            weights = checkpoint_of(model, vllm_config.load_config).key_weights(
+                layer.name, model.get_total_num_kv_heads(), fmt.head_dim, model.hf_text_config.model_type in UNIT_OFFSET
+            )
+        except (OSError, ValueError) as error:
+            _say(logging.WARNING, f"kvturbo: the keys' outliers were not looked at: {error}")
+            return
+        if weights.biased:
+            shares[layer.name] = weights.spiked_share()
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is not None and shares[worst] > SPIKED_SHARE:
+        _say(
+            logging.WARNING,
+            f"kvturbo: {shares[worst]:.0%} of the energy of a head's keys lies in 16 channels ({worst}), because of "
+            "k_proj.bias; such models lose accuracy unless these channels are kept apart: use a format with -o16, such as "
+            "--kv-cache-dtype kvturbo_k4v4-o16",
+        )
+
+
+def _say(level: int, text: str) -> None:
+    if text not in _SAID:
+        _SAID.add(text)
+        _LOG.log(level, text)
