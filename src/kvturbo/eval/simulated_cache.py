@@ -1,8 +1,7 @@
-"""A transformers cache around a codec: raw keys and values are kept, and what came before a chunk is read through the codec."""
+"""A transformers cache around a codec: it holds 16 bits, and what came before a chunk is read through the codec."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvturbo.config import SIDES
+from kvturbo.eval.baselines import sixteen_bit
+from kvturbo.eval.baselines.sixteen_bit import SixteenBitCache
 from kvturbo.eval.codec import Codec
 from kvturbo.eval.registry import Baseline
 
 
-class SimulatedCache(DynamicCache):
+class SimulatedCache(SixteenBitCache):
     """Shows what a codec does; it saves no memory, and `nbytes` says what the codec would take.
 
     Args:
@@ -50,11 +51,8 @@ class SimulatedCache(DynamicCache):
 
     def _read(self, x: Tensor, side: int, layer: int, before: int) -> Tensor:
         first, stop = self.codec.packed_range(before)
-        sixteen = x[:, :, :before].to(torch.bfloat16)
-        restored = self.codec.restore(sixteen.float(), SIDES[side], layer).to(x.dtype)
-        return torch.cat(
-            (sixteen[:, :, :first].to(x.dtype), restored[:, :, first:stop], sixteen[:, :, stop:].to(x.dtype), x[:, :, before:]), 2
-        )  # fmt: skip
+        restored = self.codec.restore(x[:, :, :before].float(), SIDES[side], layer).to(x.dtype)
+        return torch.cat((x[:, :, :first], restored[:, :, first:stop], x[:, :, stop:]), 2)
 
     def _layer_bytes(self, layer: Any) -> float:
         tokens = layer.get_seq_length()
@@ -71,8 +69,8 @@ def baseline(codec: Codec) -> Baseline:
 
     def from_raw(raw: DynamicCache) -> SimulatedCache:
         cache = SimulatedCache(codec)
-        cache.layers = [copy.deepcopy(layer) for layer in raw.layers]
-        cache.layer_class_to_replicate = raw.layer_class_to_replicate
+        held = sixteen_bit.from_raw(raw)
+        cache.layers, cache.layer_class_to_replicate = held.layers, held.layer_class_to_replicate
         return cache
 
     return Baseline(lambda config: SimulatedCache(codec, config), from_raw, codec)
