@@ -1,0 +1,356 @@
+"""What must hold in vLLM on a GPU, on the embedded model: `python tests/vllm/checks.py [NAME ...]` prints a line per check.
+
+vLLM runs in this process. Text is compared with vLLM's own 16-bit cache: a packed cache may change a token only where the 16-bit
+model hardly prefers one to the other. `test_gpu.py` runs this file and looks at its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "kvturbo-12m"
+GAP = 0.1
+"""A token may differ where the 16-bit model's two best logits are closer than this."""
+PROMPT_TOKENS, NEW_TOKENS = 1500, 48
+CHUNK = 512
+CHECKS: dict[str, Callable[[], str]] = {}
+
+
+@dataclass
+class Result:
+    name: str
+    ok: bool
+    seconds: float
+    text: str
+
+
+def check(function: Callable[[], str]) -> Callable[[], str]:
+    """Registers a check; its name is the function's, its result a line of figures."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def plug_in() -> None:
+    """Makes kvturbo's entry point visible to this process and its children where the package is not installed."""
+    from importlib.metadata import entry_points
+
+    os.environ["VLLM_PLUGINS"] = "kvturbo"
+    if any(point.name == "kvturbo" for point in entry_points(group="vllm.general_plugins")):
+        return
+    folder = Path(tempfile.mkdtemp())
+    info = folder / "kvturbo_entry_point-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvturbo-entry-point\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nkvturbo = kvturbo.vllm.plugin:register\n")
+    paths = [str(folder), str(ROOT / "src")]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+
+
+def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
+    """Texts that the model has not seen, as token ids."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    ids = tokenizer.encode((MODEL / "heldout.txt").read_text()[: 40 * count * tokens]).ids
+    return [{"prompt_token_ids": ids[i * tokens : (i + 1) * tokens]} for i in range(count)]
+
+
+@contextmanager
+def engine(cache_dtype: str = "turboquant", **options: Any) -> Iterator[Any]:
+    """An LLM on the embedded model, taken down afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "model": str(MODEL), "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 4096, "max_num_seqs": 16,
+        "gpu_memory_utilization": 0.15, "enable_prefix_caching": False, "seed": 0, "enforce_eager": True,
+    }  # fmt: skip
+    llm = LLM(**(defaults | {"kv_cache_dtype": cache_dtype} | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: Any, texts: list[Any], new_tokens: int = NEW_TOKENS) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens of every prompt, and the gap between the two best logits at each."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)
+    results = []
+    for output in llm.generate(texts, parameters, use_tqdm=False):
+        completion = output.outputs[0]
+        gaps = []
+        for entry in completion.logprobs:
+            best = sorted((value.logprob for value in entry.values()), reverse=True)
+            gaps.append(best[0] - best[1])
+        results.append((list(completion.token_ids), gaps))
+    return results
+
+
+def losses(llm: Any, texts: list[Any]) -> list[float]:
+    """Negative log-probability of every prompt token but the first, as the engine computes it chunk by chunk."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    values = []
+    for output in llm.generate(texts, parameters, use_tqdm=False):
+        for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+            values.append(-entry[token].logprob)
+    return values
+
+
+_REFERENCE: dict[str, Any] = {}
+
+
+def reference(key: str = "text", **options: Any) -> Any:
+    """What the 16-bit cache gives, computed once: `text` (greedy tokens) and `losses`."""
+    name = key + json.dumps(options, sort_keys=True)
+    if name not in _REFERENCE:
+        with engine("auto", **options) as llm:
+            _REFERENCE["text" + name.removeprefix(key)] = generate(llm, prompts())
+            _REFERENCE["losses" + name.removeprefix(key)] = losses(llm, prompts())
+    return _REFERENCE[name]
+
+
+def same_text(got: list[tuple[list[int], list[float]]], wanted: list[tuple[list[int], list[float]]]) -> str:
+    """Raises unless every first difference lies where the 16-bit model's gap is below `GAP`; says where they lie."""
+    differences = []
+    for (tokens, _), (expected, gaps) in zip(got, wanted, strict=True):
+        for i, (a, b) in enumerate(zip(tokens, expected, strict=True)):
+            if a != b:
+                differences.append((i, round(gaps[i], 3)))
+                break
+    assert all(gap < GAP for _, gap in differences), f"first differences (token, 16-bit gap): {differences}"
+    return f"{len(differences)} of {len(got)} texts differ, at (token, 16-bit gap) {differences}"
+
+
+def close_losses(got: list[float], wanted: list[float], bound: float = 0.02) -> str:
+    """Raises unless the mean loss is within a bound of the 16-bit one."""
+    mean, expected = sum(got) / len(got), sum(wanted) / len(wanted)
+    worst = max(abs(a - b) for a, b in zip(got, wanted, strict=True))
+    assert abs(mean - expected) < bound, f"loss {mean:.4f}, 16 bits {expected:.4f}"
+    return f"loss {mean:.4f}, 16 bits {expected:.4f}, largest difference of a token {worst:.3f}"
+
+
+def capacity(llm: Any) -> int:
+    """Tokens that fit in the cache."""
+    return int(
+        llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * llm.llm_engine.vllm_config.cache_config.block_size
+    )
+
+
+@check
+def eager() -> str:
+    """Whole prompts, decode, no graphs; loss of prompts that are read in one piece must be the 16-bit one."""
+    with engine(max_num_batched_tokens=8192) as llm:
+        return same_text(generate(llm, prompts()), reference()) + f"; {capacity(llm)} tokens fit"
+
+
+@check
+def chunks() -> str:
+    """Prompts in chunks of 512: later chunks read the packed prefix."""
+    with engine(max_num_batched_tokens=CHUNK) as llm:
+        loss = close_losses(losses(llm, prompts()), reference("losses"))
+        return f"{loss}; {same_text(generate(llm, prompts()), reference())}"
+
+
+@check
+def full_graphs() -> str:
+    """Whole CUDA graphs of decode, no compilation."""
+    config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+    with engine(enforce_eager=False, compilation_config=config) as llm:
+        first = same_text(generate(llm, prompts()), reference())
+        few = generate(llm, prompts()[:3])  # padded to a graph of 4
+        return f"{first}; three of them: {same_text(few, reference()[:3])}"
+
+
+@check
+def prefix_hit() -> str:
+    """The second time a prompt's blocks are found, and only its end is computed."""
+    with engine(enable_prefix_caching=True, max_num_batched_tokens=8192) as llm:
+        first = generate(llm, prompts())
+        return f"first {same_text(first, reference())}; hit {same_text(generate(llm, prompts()), reference())}"
+
+
+@check
+def compiled() -> str:
+    """The default: torch.compile, piecewise and full graphs."""
+    config = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+    with engine(enforce_eager=False, compilation_config=config, max_num_batched_tokens=CHUNK) as llm:
+        return same_text(generate(llm, prompts()), reference())
+
+
+@check
+def ngram() -> str:
+    """n-gram speculation with graphs: 1 + 3 tokens are verified at once."""
+    config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8, 16, 32]}
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(enforce_eager=False, compilation_config=config, speculative_config=draft) as llm:
+        return same_text(generate(llm, prompts()), reference())
+
+
+@check
+def preemption() -> str:
+    """More sequences than fit: some are thrown out and computed again."""
+    texts = prompts(8, 700)
+    blocks = 8 * 700 // 16 + 8  # all prompts, and hardly a token more
+    with engine("auto") as llm:
+        wanted = generate(llm, texts, 96)
+    with engine(num_gpu_blocks_override=blocks, max_model_len=1024, max_num_batched_tokens=CHUNK) as llm:
+        return same_text(generate(llm, texts, 96), wanted)
+
+
+@check
+def skip_layers() -> str:
+    """Layers 0 and 5 in 16 bits."""
+    with engine(kv_cache_dtype_skip_layers=["0", "5"]) as llm:
+        return same_text(generate(llm, prompts()), reference())
+
+
+@check
+def half_precision() -> str:
+    """fp16 queries, keys and values."""
+    with engine(dtype="float16", max_num_batched_tokens=CHUNK) as llm:
+        return close_losses(losses(llm, prompts()), reference("losses"))
+
+
+@check
+def outliers() -> str:
+    """`-o16`: channels from the checkpoint."""
+    with engine("kvturbo_k4v4-o16", max_num_batched_tokens=CHUNK) as llm:
+        loss = close_losses(losses(llm, prompts()), reference("losses"))
+        return f"{loss}; {same_text(generate(llm, prompts()), reference())}"
+
+
+@check
+def two_bits() -> str:
+    """`k2v2`: its loss is worse, and by no more than 0.5."""
+    with engine("kvturbo_k2v2", max_num_batched_tokens=CHUNK) as llm:
+        return close_losses(losses(llm, prompts()), reference("losses"), 0.5)
+
+
+def _folder(config: dict[str, Any]) -> str:
+    folder = tempfile.mkdtemp()
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    rng = random.Random(0)
+    return [{"prompt_token_ids": [rng.randrange(10, vocabulary) for _ in range(tokens)]} for _ in range(count)]
+
+
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 512, "intermediate_size": 1024,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 1024,
+    "sliding_window": 256, "sliding_window_pattern": 3, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 128, "hidden_activation": "gelu_pytorch_tanh",
+    "rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "bfloat16", "bos_token_id": 2, "eos_token_id": 1,
+    "pad_token_id": 0, "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+}  # fmt: skip
+
+
+@check
+def sliding() -> str:
+    """Sliding-window and full layers, random weights: the model runs, and the full layers alone are packed."""
+    options = {"model": _folder(GEMMA), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
+    texts = _random_prompts(4, PROMPT_TOKENS, 1000)
+    with engine("auto", **options) as llm:
+        wanted, before = generate(llm, texts, 8), capacity(llm)
+    with engine(**options) as llm:
+        got, after = generate(llm, texts, 8), capacity(llm)
+    first = sum(a[0][0] == b[0][0] for a, b in zip(got, wanted, strict=True))
+    return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"
+
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 131072, "max_window_layers": 28,
+    "sliding_window": 131072, "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+
+
+@check
+def speed() -> str:
+    """Random weights of Qwen2.5-7B's shape, 8 sequences at 8k: seconds per decode step and for the prompts, against 16 bits."""
+    from vllm import SamplingParams
+
+    config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8]}
+    options = {
+        "model": _folder(QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8, "enforce_eager": False,
+        "gpu_memory_utilization": 0.6, "compilation_config": config,
+    }  # fmt: skip
+    texts, lines = _random_prompts(8, 8192, 150000), []
+    for cache_dtype in ("auto", "turboquant"):
+        with engine(cache_dtype, **options) as llm:
+            seconds = {}
+            for new_tokens in (1, 1, 65):
+                parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+                start = time.perf_counter()
+                llm.generate(texts, parameters, use_tqdm=False)
+                seconds[new_tokens] = time.perf_counter() - start
+            step = (seconds[65] - seconds[1]) / 64 * 1e3
+            lines.append(f"{cache_dtype}: step {step:.2f} ms, prompts {seconds[1]:.2f} s, {capacity(llm)} tokens fit")
+    return "; ".join(lines)
+
+
+def run(name: str) -> Result:
+    """One check, whatever happens in it."""
+    start = time.perf_counter()
+    try:
+        text, ok = CHECKS[name](), True
+    except Exception as error:
+        traceback.print_exc()
+        text, ok = f"{type(error).__name__}: {str(error)[:600]}", False
+    result = Result(name, ok, round(time.perf_counter() - start, 1), text)
+    print(f"CHECK {name}: {'ok' if ok else 'FAILED'} in {result.seconds} s: {text}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(CHECKS)} (default: all)")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further check is begun")
+    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    options = parser.parse_args()
+    plug_in()
+    start, results = time.perf_counter(), []
+    for name in options.names or CHECKS:
+        if time.perf_counter() - start > options.budget:
+            results.append(Result(name, False, 0.0, "not run: out of time"))
+            continue
+        results.append(run(name))
+        if options.json:
+            options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    print(f"\n{'check':<16}{'':<8}{'s':>6}  result")
+    for result in results:
+        print(f"{result.name:<16}{'ok' if result.ok else 'FAILED':<8}{result.seconds:>6}  {result.text[:160]}")
+    sys.exit(not all(result.ok for result in results))
+
+
+if __name__ == "__main__":
+    main()
