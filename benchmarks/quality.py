@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_rows import Bench, Job, Sizes, jobs
+from quality_rows import CONTROL, Bench, Job, Sizes, jobs
 
 from kvturbo.bench.report import checked_commit
 from kvturbo.eval.goals import check
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 
 def hard_cases() -> dict[str, Callable[[Any], Any]]:
-    """Rewrites of a model by name, from models/hard_cases.py; none where that file is missing."""
+    """Rewrites of a model by name, from models/hard_cases.py, and their controls; none where that file is missing."""
     if not HARD_CASES.is_file():
         print(f"no hard cases: {HARD_CASES.relative_to(ROOT)} is missing", file=sys.stderr)
         return {}
@@ -82,7 +82,7 @@ def hard_cases() -> dict[str, Callable[[Any], Any]]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return dict(module.CASES)
+    return dict(module.CASES) | {f"{name}{CONTROL}": make for name, make in module.CONTROLS.items()}
 
 
 def digest(folder: Path | None) -> str | None:

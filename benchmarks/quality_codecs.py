@@ -116,8 +116,8 @@ def edges_in_16_bits(name: str) -> Entry:
     return make
 
 
-def sharp_layers(more: str, less: str) -> Entry:
-    """The half of the layers whose heads attend to the fewest tokens in `more`, the others in `less`."""
+def sharp_layers(more: str, less: str, sink: int | None = None, recent: int | None = None) -> Entry:
+    """The half of the layers whose heads attend to the fewest tokens in `more`, the others in `less`, whose windows hold."""
 
     def make(subject: Subject) -> Codec:
         tokens = {i: t.log().mean().item() for i, t in subject.calibration.effective_tokens.items()}
@@ -125,7 +125,7 @@ def sharp_layers(more: str, less: str) -> Entry:
         sharp = set(ranked[: len(ranked) // 2])
         low = format_entry(less)(subject)
         layers = {i: format_entry(more)(subject) if i in sharp else low for i in tokens}
-        return by_layer(layers, (low.sink, low.recent))
+        return by_layer(layers, (low.sink if sink is None else sink, low.recent if recent is None else recent))
 
     return make
 
@@ -163,6 +163,10 @@ def low_entries() -> dict[str, Entry]:
         f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),
         "k4v2 in sharp layers, k2v2": sharp_layers("k4v2", "k2v2"),
         f"k4v2 in sharp layers, k2v2, {FOLDED}": folded(sharp_layers("k4v2", "k2v2")),
+        "k4v2 in sharp layers, k3v2, windows 4 + 0": sharp_layers("k4v2", "k3v2", 4, 0),
+        "k3v3 in sharp layers, k3v2, windows 4 + 0": sharp_layers("k3v3", "k3v2", 4, 0),
+        f"k3v3 in sharp layers, k3v2, windows 4 + 0, {FOLDED}": folded(sharp_layers("k3v3", "k3v2", 4, 0)),
+        f"k4v2 in sharp layers, k3v2, windows 4 + 0, {FOLDED}": folded(sharp_layers("k4v2", "k3v2", 4, 0)),
     }
 
 

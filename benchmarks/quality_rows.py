@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from quality_codecs import ABLATIONS, MAIN, Entry, every_entry, low_entries
+from quality_codecs import ABLATIONS, FIXES, MAIN, Entry, every_entry, low_entries
 
 from kvturbo.config import SIDES
 from kvturbo.eval.calibration import Calibration, calibrate
@@ -18,10 +18,13 @@ from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.retrieval import get_setting
 from kvturbo.eval.simulation import Simulation
 
-PLAIN = "plain"
+PLAIN, CONTROL = "plain", " control"
 RETRIEVAL = ("hard-8k", "multikey-8k")
 BY_LENGTH = ("multikey-1k", "multikey-4k", "needle-4k", "needle-8k", "hops-4k", "hops-8k", "hard-4k")
 LENGTH_ENTRIES = ("k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "vllm-4bit_nc", "vllm-3bit_nc", "kivi2")
+EASY = (*MAIN, "k2v2", "tq3.5", "tq2.5", "qjl3", "vllm-k3v4_nc", "kivi2", "kivi4", "pr38280", "quarot-int4")
+"""Measured on the easier retrieval setting too."""
+CASE_RETRIEVAL = ("k4v4", "k3v3", "vllm-4bit_nc", *(name for name in FIXES if "," not in name))
 CASE_ENTRIES = (
     "k4v4",
     "k4v4-o16",
@@ -155,13 +158,13 @@ class Job:
 def jobs(bench: Bench) -> Iterator[Job]:
     """All rows, those that figures to reach need first."""
     head_dim = bench.loaded.model.config.head_dim
-    entries = every_entry(head_dim)
+    entries, low = every_entry(head_dim), low_entries()
     yield from (_text("text", PLAIN, name, entry) for name, entry in entries.items())
     for setting in RETRIEVAL:
-        for name, entry in {"16bit": None, **entries, **low_entries()}.items():
-            many = name in MAIN or name in low_entries()
-            yield _retrieval("retrieval", PLAIN, name, entry, setting, many, bench.sizes)
-    yield from (_text("text", PLAIN, name, entry) for name, entry in low_entries().items())
+        for name, entry in {"16bit": None, **entries, **low}.items():
+            if setting == RETRIEVAL[0] or name in EASY or name in low:
+                yield _retrieval("retrieval", PLAIN, name, entry, setting, name in MAIN or name in low, bench.sizes)
+    yield from (_text("text", PLAIN, name, entry) for name, entry in low.items())
     for case in bench.cases:
         yield from _case(case, entries, bench.sizes)
     yield from (_text("ablation", PLAIN, name, entry) for name, entry in ABLATIONS.items())
@@ -173,12 +176,13 @@ def jobs(bench: Bench) -> Iterator[Job]:
 
 
 def _case(case: str, entries: dict[str, Entry], sizes: Sizes) -> Iterator[Job]:
-    from quality_codecs import FIXES
-
+    if case.endswith(CONTROL):
+        yield _text("case", case, "k4v4", entries["k4v4"])
+        return
     chosen = {name: entries[name] for name in CASE_ENTRIES if name in entries} | FIXES
     for name, entry in chosen.items():
         yield _text("case", case, name, entry)
-    for name in ("16bit", *chosen):
+    for name in ("16bit", *CASE_RETRIEVAL):
         yield _retrieval("case-retrieval", case, name, chosen.get(name), RETRIEVAL[0], False, sizes)
 
 

@@ -163,6 +163,14 @@ def test_kvarn_keeps_its_first_tile_and_is_better_on_uneven_tokens() -> None:
     assert error(codec, x, "k") == pytest.approx(error(codec, uneven, "k"), rel=0.25)
 
 
+def test_kvarn_stays_finite_with_constant_and_huge_channels() -> None:
+    x = normal(tokens=2 * TILE) * 1e-2
+    x[..., 3], x[..., 7] = 500.0, 0.0
+    for side in ("k", "v"):
+        assert torch.isfinite(codec_of("kvarn-k4v2").restore(x, side, 0)).all()
+        assert error(codec_of("kvarn-k4v2"), x, side) < 0.05
+
+
 def test_quarot_spreads_large_channels_and_clips() -> None:
     codec = codec_of("quarot-int4")
     spiky = normal() * (2 * torch.randn(D, generator=torch.Generator().manual_seed(4))).exp()

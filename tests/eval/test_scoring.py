@@ -155,5 +155,6 @@ def test_text_options_must_be_positive(options: dict[str, int]) -> None:
 
 def test_unknown_cache_lists_formats_and_baselines() -> None:
     assert check_name("k3v2-o32") == "k3v2-o32"
-    with pytest.raises(ValueError, match="unknown format 'fp8'; valid formats: 16bit, k4v4, .*turboquant"):
-        check_name("fp8")
+    assert check_name("vllm-4bit_nc") == "vllm-4bit_nc"
+    with pytest.raises(ValueError, match="unknown format 'fp4'; valid formats: .*16bit.*k4v4, .*turboquant"):
+        check_name("fp4")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import Side
-from kvturbo.eval.affine import STEP_BYTES, round_to_nearest
+from kvturbo.eval.affine import STEP_BYTES
 from kvturbo.eval.codec import Codec
 from kvturbo.eval.hadamard import hadamard, inverse_hadamard
 from kvturbo.eval.registry import BASELINES
@@ -22,29 +22,35 @@ from kvturbo.eval.simulated_cache import baseline
 
 TILE = 128
 ROUNDS = 16
+LARGEST = 1e4
 TOKENS, CHANNELS = -2, -1
 
 
 def evened(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Factors per token [..., T, 1] and per channel [..., 1, d] that even out the standard deviations of tiles [..., T, d]."""
-    token = torch.ones_like(tiles[..., :1])
+    token = tiles.std(dim=(TOKENS, CHANNELS), keepdim=True).clamp(min=1e-12).expand_as(tiles[..., :1])
     channel = torch.ones_like(tiles[..., :1, :])
-    best, best_spread = (token, channel), _spread(tiles)
+    best, best_spread = (token, channel), _spread(tiles / token)
     for _ in range(ROUNDS):
         token = token * _deviation(tiles / token / channel, CHANNELS)
-        channel = channel * _deviation(tiles / token / channel, TOKENS)
+        channel = (channel * _deviation(tiles / token / channel, TOKENS)).clamp(1 / LARGEST, LARGEST)
         spread = _spread(tiles / token / channel)
         better = spread < best_spread
         best = torch.where(better, token, best[0]), torch.where(better, channel, best[1])
         best_spread = torch.where(better, spread, best_spread)
-    return best
+    shared = best[1].log().mean(CHANNELS, keepdim=True).exp()  # of a product of two factors only one size is free
+    return best[0] * shared, best[1] / shared
 
 
 def restore_tiles(tiles: Tensor, bits: int, side: Side) -> Tensor:
     """What reading gives back for rotated tiles [..., T, d]."""
-    token, channel = (factor.half().float() for factor in evened(tiles))
-    shared = TOKENS if side == "k" else CHANNELS
-    return round_to_nearest(tiles / token / channel, bits, shared) * token * channel
+    token, channel = evened(tiles)
+    even = tiles / token / channel
+    shared, own, other = (TOKENS, channel, token) if side == "k" else (CHANNELS, token, channel)
+    low = even.amin(shared, keepdim=True)
+    step = ((even.amax(shared, keepdim=True) - low) / (2**bits - 1)).clamp(min=1e-10)
+    codes = ((even - low) / step).round()
+    return (codes * (step * own).half().float() + (low * own).half().float()) * other.half().float()
 
 
 def codec(k_bits: int, v_bits: int) -> Codec:
