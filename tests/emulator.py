@@ -62,6 +62,10 @@ _IN_CPP = (
         r"copy_async(\1, \2);",
     ),
     (r'asm volatile\("cp\.async\.commit_group;" ::: "memory"\);', "commit_copies();"),
+    (
+        r'asm volatile\("atom\.add\.acq_rel\.gpu\.global\.u32 %0,\[%1\],1;" : "=r"\((\w+)\) : "l"\((\w+)\) : "memory"\);',
+        r"\1 = (*\2)++;",
+    ),
     (r'asm volatile\("cp\.async\.wait_group %0;" ::"n"\((\w+)\) : "memory"\);', r"wait_for_copies(\1);"),
     (r"extern __shared__ \S+ (\w+) (\w+)\[\];", r"\1* const \2 = (\1*)dynamic_shared;"),
 )

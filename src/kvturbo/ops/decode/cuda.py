@@ -130,7 +130,7 @@ class _Params(ctypes.Structure):
             for name in ("q", "pages", "block_table", "seq_lens", "q_lens", "seq_starts", "sinks")
         ),
         *((name, ctypes.c_void_p) for name in ("outlier_channels", "plan", "workspace", "counters", "out", "lse")),
-        ("block_stride", ctypes.c_int64),
+        ("block_stride", ctypes.c_uint32),
         *((name, ctypes.c_int) for name in ("table_stride", "batch", "rows", "kv_heads", "window")),
         ("scale_log2", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
@@ -244,7 +244,7 @@ class Schedule:
         ints = 8 + 8 * chunks + 2 * (batch + 1)
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self.workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(1 + chunks, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(1 + chunks * variant.warps, dtype=torch.int32, device=device)
 
     def update(
         self,

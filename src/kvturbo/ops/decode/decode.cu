@@ -45,10 +45,10 @@ struct Params {
   const i64* outlier_channels;  // [kv_heads, OUTLIERS] or null
   const int* plan;            // see schedule.cu
   float* workspace;           // [2 * chunks, PART]
-  u32* counters;              // tickets, then arrivals by chunk: zero between launches
+  u32* counters;              // tickets, then arrivals by chunk and warp: zero between launches
   void* out;                  // [T, kv_heads * GROUP, D]
   float* lse;                 // [T, kv_heads * GROUP]
-  i64 block_stride;           // bytes from block to block
+  u32 block_stride;           // bytes from block to block
   int table_stride, batch, rows, kv_heads, window;
   float scale_log2, soft_cap;
   u32 signs[8];               // bit c set: sigma_c = -1
@@ -173,16 +173,16 @@ struct Ring {
   DEV const u8* data() const { return base + stage * STAGE; }
 #if __CUDA_ARCH__ >= 900
   // Copies `count` pages; lane i knows the id of page i.
-  DEV void issue(int into, const u8* pages, i64 block_stride, int id, int count) const {
+  DEV void issue(int into, const u8* pages, u32 block_stride, u32 id, int count) const {
     const u32 bar = bar0 + into * 8, to = base0 + into * STAGE;
-    int ids[PAGES];
+    u32 ids[PAGES];
     UNROLL for (int i = 0; i < PAGES; i++) ids[i] = __shfl_sync(~0u, id, i);
     if (!elect()) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "r"(count * PAGE_BYTES) : "memory");
     UNROLL for (int i = 0; i < PAGES; i++)
       if (i < count)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
-                     ::"r"(to + i * STRIDE), "l"(pages + ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
+                     ::"r"(to + i * STRIDE), "l"(pages + (u64)ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
   }
   DEV void skip() const {}
   template <int> DEV void wait() const {
@@ -190,9 +190,9 @@ struct Ring {
                  ::"r"(bar0 + stage * 8), "r"(phase) : "memory");
   }
 #else
-  DEV void issue(int into, const u8* pages, i64 block_stride, int id, int count) const {
+  DEV void issue(int into, const u8* pages, u32 block_stride, u32 id, int count) const {
     for (int i = 0; i < PAGES; i++) {
-      const u8* source = pages + __shfl_sync(~0u, id, i) * block_stride;
+      const u8* source = pages + (u64)__shfl_sync(~0u, id, i) * block_stride;
       if (i < count)
         for (int at = (threadIdx.x & 31) * 16; at < PAGE_BYTES; at += 512)
           asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(base0 + into * STAGE + i * STRIDE + at), "l"(source + at) : "memory");
@@ -209,6 +209,46 @@ struct Ring {
 struct Task {
   int sequence, head, row0;      // KV head, first row of the row block
   int length, q_len, q_row;      // of the sequence; its first row in q
+};
+
+// A part of a task that a CTA does at once: steps s0 to s1 of it.
+struct Piece {
+  Task k;
+  int begin, steps;              // where the task's steps lie in the row of all steps
+  int s0, s1;
+  int start, slot0, pages;       // first position that may be seen, the first step's first slot, pages of the task
+  const int* table;              // of the task's first page
+  const u8* head_pages;
+  // r0: sequence, steps before it, of a task of it, task; r1: its length, rows of q before it, q_len, start.
+  DEV Piece(const Params& p, int4 r0, int4 r1, int at, int stop) {
+    k.sequence = r0.x;
+    k.length = r1.x;
+    k.q_row = r1.y;
+    k.q_len = r1.z;
+    start = r1.w;
+    steps = r0.z;
+    begin = r0.y + r0.w * steps;
+    const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS;
+    k.head = blocks == 1 ? r0.w : r0.w / blocks;
+    k.row0 = (r0.w - k.head * blocks) * ROWS;
+    s0 = at - begin;
+    s1 = min(stop - begin, steps);
+    const int page0 = max(0, max((k.length + STEP - 1) / STEP, 1) - steps) * PAGES;
+    slot0 = page0 * PAGE;
+    pages = (k.length + PAGE - 1) / PAGE - page0;
+    table = p.block_table + (i64)k.sequence * p.table_stride + page0;
+    head_pages = p.pages + (i64)k.head * PAGE_BYTES;
+  }
+  DEV int page_id(int step, int lane) const {  // lane i's is page i of the step
+    return step < s1 && lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0;
+  }
+  DEV void first_page_ids(int warp, int lane, int (&ids)[ST]) const { UNROLL for (int i = 0; i < ST; i++) ids[i] = page_id(s0 + warp + NW * i, lane); }
+  DEV void issue(const Ring& ring, const Params& p, int into, int step, int id) const {
+    if (step < s1) ring.issue(into, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); else ring.skip();
+  }
+  DEV void issue_first(const Ring& ring, const Params& p, int warp, const int (&ids)[ST]) const {
+    UNROLL for (int i = 0; i < ST; i++) issue(ring, p, (ring.stage + i) % ST, s0 + warp + NW * i, ids[i]);
+  }
 };
 
 struct Query {                   // of rows t, 4 + t, ...
@@ -503,53 +543,49 @@ template <class F, class W> DEV void merge_row(int n, F value, W weight, float& 
 struct Shared {
   u64 bars[NW * ST];
   float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
-  int last, ticket;
+  int ticket;
 };
 
-// Merges the warps' results of a task's piece, and the pieces if this was the last of them to arrive.
-DEV void finish_piece(const Params& p, const Task& k, const Softmax& x, Shared& sh, float* rows, float* part, int first, int splits,
-                      int warp, int lane) {
-  const int g = lane >> 2, t = lane & 3;
+DEV u32 arrive(u32* counter) {  // and see what those who arrived before have written
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0,[%1],1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Merges the warps' results of a piece from shared memory: rows of whole tasks are finished, others go to the workspace.
+DEV void merge_warps(const Params& p, const Task& k, Shared& sh, const float* rows, float* part, bool whole, int warp, int lane) {
   float* buf = sh.buf + (ORDER == 1 ? 0 : warp * D);
-  __syncthreads();
-  UNROLL for (int m = 0; m < NT; m++) {
-    const float sum = rows_sum(x.sum[m]);
-    if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
-    UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + x.half[m];
-  }
-  __syncthreads();
   const int used = min(ROWS, GROUP * k.q_len - k.row0);
   for (int r = warp; r < used; r += NW) {
     float top, sum, o[E];
     merge_row(NW, [&](int w, int c) { return rows[(w * ROWS + r) * LINE + c]; },
               [&](int w, int which) { return which ? sh.sum[w][r] : sh.top[w][r]; }, top, sum, o, lane);
-    if (splits == 1) { finish_row(p, k, r, top, sum, o, buf, lane); continue; }
+    if (whole) { finish_row(p, k, r, top, sum, o, buf, lane); continue; }
     UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) part[r * D + 32 * e + lane] = o[e];
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
   }
-  if (splits > 1) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      sh.last = atomicAdd(p.counters + 1 + first, 1) == splits - 1;
-      if (sh.last) p.counters[1 + first] = 0;
-    }
-    __syncthreads();
-    if (sh.last) {
-      __threadfence();
-      for (int r = warp; r < used; r += NW) {
-        auto result = [&](int i) { return p.workspace + (i64)(2 * (first + i) + (i == 0)) * PART; };
-        float top, sum, o[E];
-        merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
-                  [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
-        finish_row(p, k, r, top, sum, o, buf, lane);
-      }
-    }
+}
+
+// Announces this warp's rows of a piece of a task that lies in `splits` chunks from `first` on; the warp that is the last of the CTAs' to
+// do so merges the pieces, in the order of the chunks.
+DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int splits, int warp, int lane) {
+  __syncwarp();
+  int last = 0;
+  if (lane == 0) {
+    u32* counter = p.counters + 1 + first * NW + warp;
+    last = arrive(counter) == splits - 1;
+    if (last) *counter = 0;
   }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
-#endif
-  __syncthreads();
+  if (!__shfl_sync(~0u, last, 0)) return;
+  __syncwarp();
+  const int used = min(ROWS, GROUP * k.q_len - k.row0);
+  for (int r = warp; r < used; r += NW) {
+    auto result = [&](int i) { return p.workspace + (i64)(2 * (first + i) + (i == 0)) * PART; };
+    float top, sum, o[E];
+    merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
+              [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
+    finish_row(p, k, r, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __grid_constant__ Params p) {
@@ -557,6 +593,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   __shared__ __align__(8) Shared sh;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   Queries& queries = *(Queries*)(smem + QUERIES_AT);
+  float* rows = (float*)smem;  // the warps' results, where their rings were
   const int heads = p.kv_heads * GROUP;
   const int4 plan = *(const int4*)p.plan;  // big chunk, small chunk, steps in all, rows of q in use
   const int ctas = gridDim.x, large = plan.x * ctas;
@@ -573,96 +610,100 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   level_table<K_BITS>(k_table);
   level_table<V_BITS>(v_table);
 
-  for (int chunk = blockIdx.x;;) {
-    int at = min(chunk_start(chunk), plan.z);
-    const int stop = min(chunk_start(chunk + 1), plan.z);
-    const int* record = p.plan + 8 + chunk * 8;
-    int4 r0 = *(const int4*)record, r1 = *(const int4*)(record + 4);  // sequence, steps before it, of its task, task; length, rows, q_len, start
-    while (at < stop) {
-      Task k;
-      k.sequence = r0.x;
-      k.length = r1.x;
-      k.q_row = r1.y;
-      k.q_len = r1.z;
-      const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS, tasks = blocks * p.kv_heads, steps = r0.z;
-      const int begin = r0.y + r0.w * steps;
-      k.head = blocks == 1 ? r0.w : r0.w / blocks;
-      k.row0 = (r0.w - k.head * blocks) * ROWS;
-      const int s0 = at - begin, s1 = min(stop - begin, steps);
-      const int page0 = max(0, max((k.length + STEP - 1) / STEP, 1) - steps) * PAGES;  // of the task's first step
-      const int* table = p.block_table + (i64)k.sequence * p.table_stride + page0;
-      const int pages = (k.length + PAGE - 1) / PAGE - page0;
-      const u8* head_pages = p.pages + (i64)k.head * PAGE_BYTES;
-      auto page_id = [&](int step) { return lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0; };
-      auto issue = [&](int into, int step, int id) { ring.issue(into, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); };
-      int step = s0 + warp;
-      {
-        int ids[ST];
-        UNROLL for (int i = 0; i < ST; i++) ids[i] = step + NW * i < s1 ? page_id(step + NW * i) : 0;
-        UNROLL for (int i = 0; i < ST; i++) if (step + NW * i < s1) issue((ring.stage + i) % ST, step + NW * i, ids[i]); else ring.skip();
-      }
-      int next_id = step + NW * ST < s1 ? page_id(step + NW * ST) : 0;
-      load_queries(p, k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
-      __syncthreads();
-      Query q;
-      make_query(p, k, r1.w, queries, lane, q);
-      // Steps from `inner` to `outer` are seen by every row whole.
-      const int min_hi = k.length - k.q_len + k.row0 / GROUP, last_row = min(k.row0 + ROWS, GROUP * k.q_len) - 1;
-      const int max_hi = k.length - k.q_len + last_row / GROUP, slot0 = page0 * PAGE;
-      const int max_lo = p.window > 0 ? max(r1.w, max_hi - p.window + 1) : r1.w;
-      const int inner = (max_lo - slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - slot0) / STEP;
-      Softmax x;
-      UNROLL for (int m = 0; m < NT; m++) {
-        x.top[m] = -INF; x.sum[m] = x.half[m] = 0;
-        UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] = 0;
-      }
-      float s[NT][GROUPS][4];
-      if (step < s1) { ring.wait<ST - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
-      for (bool exact = true; step < s1;) {
-        const u8* data = ring.data();
-        Ring ahead = ring;
-        ahead.advance();
-        u32 b[NT][GROUPS][2];
-        float unit[NT];
-        const bool done = weigh(data, g, t, slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit);
-        exact = !done;
-        if (done) {
-          add_values(data, g, t, v_table, b, unit, x);
-          if (step + NW < s1) { ahead.wait<ST - 2>(); data = ahead.data(); }
-        }
-        step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
-        if (!done) continue;
-        __syncwarp();
-        const int later = step + NW * ST;
-        if (later < s1) issue(ring.stage, later, next_id); else ring.skip();
-        if (later + NW < s1) next_id = page_id(later + NW);
-        ring.advance();
-        step += NW;
-      }
-      const int first = chunk_of(begin), splits = chunk_of(begin + steps - 1) - first + 1;
-      finish_piece(p, k, x, sh, (float*)smem, p.workspace + (i64)(2 * chunk + (s0 == 0)) * PART, first, splits, warp, lane);
-      at = begin + s1;
-      r0.w++;
-      if (at < stop && at >= r0.y + steps * tasks) {  // on to the next sequence that has tasks
-        const int* cum = p.plan + p.plan[4];
-        const int* q_rows = cum + p.batch + 1;
-        int b = k.sequence + 1;
-        while (at >= cum[b + 1]) b++;
-        r1.x = p.seq_lens[b];
-        r1.y = q_rows[b];
-        r1.z = q_rows[b + 1] - r1.y;
-        r1.w = p.seq_starts ? p.seq_starts[b] : 0;
-        r0.x = b;
-        r0.y = cum[b];
-        r0.w = 0;
-        r0.z = (cum[b + 1] - cum[b]) / (p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS));
-      }
+  int chunk = blockIdx.x, at = chunk_start(chunk), stop = min(chunk_start(chunk + 1), plan.z);
+  if (at >= stop) return;
+  int4 r0, r1;  // of the present task, see Piece
+  auto read_record = [&] { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); };
+  read_record();
+  Piece now(p, r0, r1, at, stop);
+  int ids[ST];
+  now.first_page_ids(warp, lane, ids);
+  now.issue_first(ring, p, warp, ids);
+
+  for (bool more = true; more;) {
+    int step = now.s0 + warp, next_id = now.page_id(step + NW * ST, lane);
+    load_queries(p, now.k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+    __syncthreads();
+    Query q;
+    make_query(p, now.k, now.start, queries, lane, q);
+    // Steps from `inner` to `outer` are seen by every row whole.
+    const int last_row = min(now.k.row0 + ROWS, GROUP * now.k.q_len) - 1;
+    const int min_hi = now.k.length - now.k.q_len + now.k.row0 / GROUP, max_hi = now.k.length - now.k.q_len + last_row / GROUP;
+    const int max_lo = p.window > 0 ? max(now.start, max_hi - p.window + 1) : now.start;
+    const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - now.slot0) / STEP;
+    const bool ends = now.begin + now.s1 == stop;  // its chunk
+    Softmax x;
+    UNROLL for (int m = 0; m < NT; m++) {
+      x.top[m] = -INF; x.sum[m] = x.half[m] = 0;
+      UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] = 0;
     }
-    if (!drawn) return;
-    if (threadIdx.x == 0) sh.ticket = atomicInc(p.counters, drawn + ctas - 1);  // wraps to 0 with the launch's last draw
+    float s[NT][GROUPS][4];
+    if (step < now.s1) { ring.wait<ST - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
+    for (bool exact = true; step < now.s1;) {
+      const u8* data = ring.data();
+      Ring ahead = ring;
+      ahead.advance();
+      u32 b[NT][GROUPS][2];
+      float unit[NT];
+      const bool done = weigh(data, g, t, now.slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit);
+      exact = !done;
+      if (done) {
+        // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others. 0 after the last.
+        if (drawn && ends && threadIdx.x == 0 && step + NW >= now.s1) sh.ticket = atomicInc(p.counters, drawn + ctas - 1);
+        add_values(data, g, t, v_table, b, unit, x);
+        if (step + NW < now.s1) { ahead.wait<ST - 2>(); data = ahead.data(); }
+      }
+      step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
+      if (!done) continue;
+      __syncwarp();
+      now.issue(ring, p, ring.stage, step + NW * ST, next_id);
+      next_id = now.page_id(step + NW * (ST + 1), lane);
+      ring.advance();
+      step += NW;
+    }
+
+    // The next piece's record is read while the warps' results are merged, and its first pages are copied while pieces are.
+    const Piece done = now;
+    const int first = chunk_of(done.begin), splits = chunk_of(done.begin + done.steps - 1) - first + 1;
+    float* part = p.workspace + (i64)(2 * chunk + (done.s0 == 0)) * PART;
     __syncthreads();
-    if (sh.ticket >= drawn) return;
-    chunk = ctas + sh.ticket;
+    at = done.begin + done.s1;
+    if (ends) {
+      more = drawn && sh.ticket < drawn;
+      if (more) {
+        chunk = ctas + sh.ticket;
+        at = chunk_start(chunk);
+        stop = min(chunk_start(chunk + 1), plan.z);
+        read_record();
+      }
+    } else if (++r0.w, at >= r0.y + r0.z * p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS)) {  // the next sequence that has tasks
+      const int* cum = p.plan + p.plan[4];
+      const int* q_rows = cum + p.batch + 1;
+      int b = r0.x + 1;
+      while (at >= cum[b + 1]) b++;
+      r1.x = p.seq_lens[b];
+      r1.y = q_rows[b];
+      r1.z = q_rows[b + 1] - r1.y;
+      r1.w = p.seq_starts ? p.seq_starts[b] : 0;
+      r0.x = b;
+      r0.y = cum[b];
+      r0.w = 0;
+      r0.z = (cum[b + 1] - cum[b]) / (p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS));
+    }
+    UNROLL for (int m = 0; m < NT; m++) {
+      const float sum = rows_sum(x.sum[m]);
+      if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
+      UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + x.half[m];
+    }
+    if (more) now = Piece(p, r0, r1, at, stop);
     __syncthreads();
+    if (more) now.first_page_ids(warp, lane, ids);
+    merge_warps(p, done.k, sh, rows, part, splits == 1, warp, lane);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
+#endif
+    __syncthreads();
+    if (more) now.issue_first(ring, p, warp, ids);
+    if (splits > 1) merge_pieces(p, done.k, sh, first, splits, warp, lane);
   }
 }
