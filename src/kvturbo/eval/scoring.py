@@ -109,5 +109,15 @@ def lock_step(
         yield targets, {run.spec.name: feed(loaded, run, ids[begin:stop]) for run in runs}
 
 
+def passage(loaded: LoadedModel, index: int, count: int, length: int) -> np.ndarray:
+    """`length` tokens of the text, the index-th of `count` evenly spaced passages; the model's start token comes first if it
+    has one."""
+    begin = index * (len(loaded.text) - length) // max(1, count - 1)
+    ids = loaded.text[begin : begin + length].copy()
+    if loaded.tokenizer.bos_token_id is not None:
+        ids[0] = loaded.tokenizer.bos_token_id
+    return ids
+
+
 def _row(ids: np.ndarray, loaded: LoadedModel) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(ids))[None].to(loaded.device)

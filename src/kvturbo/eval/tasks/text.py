@@ -11,7 +11,7 @@ import torch
 from kvturbo.eval.caches import REFERENCE, CacheSpec
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.registry import METRICS, TASKS, Record
-from kvturbo.eval.scoring import lock_step, start, with_reference
+from kvturbo.eval.scoring import lock_step, passage, start, with_reference
 
 
 @TASKS.register("text")
@@ -66,10 +66,5 @@ class TextTask:
         return figures
 
     def _passage(self, loaded: LoadedModel, index: int) -> np.ndarray:
-        """prefix + scored + 1 tokens, the last one only as a target; the first is the model's start token if it has one."""
-        length = self.prefix + self.scored + 1
-        begin = index * (len(loaded.text) - length) // max(1, self.texts - 1)
-        ids = loaded.text[begin : begin + length].copy()
-        if loaded.tokenizer.bos_token_id is not None:
-            ids[0] = loaded.tokenizer.bos_token_id
-        return ids
+        """prefix + scored + 1 tokens, the last one only as a target."""
+        return passage(loaded, index, self.texts, self.prefix + self.scored + 1)
