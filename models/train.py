@@ -27,7 +27,7 @@ from corpus import collect, sample_documents, write_manifest
 from data import VOCABULARY, Batches, encode, retrieval_vocab, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvturbo.eval.retrieval import get_setting, make_sample, score
 
@@ -122,10 +122,10 @@ def prepare(recipe: Recipe, model_folder: Path, work: Path, workers: int) -> tup
 class Trainer:
     """Model, optimiser and progress of a run; ``progress`` goes from 0 to 1 over the budget."""
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
+    def __init__(self, recipe: Recipe, device: str, model: PreTrainedModel | None = None) -> None:
         torch.manual_seed(0)
         self.recipe, self.device = recipe, device
-        self.model = LlamaForCausalLM(model_config(recipe)).to(device)
+        self.model = (LlamaForCausalLM(model_config(recipe)) if model is None else model).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=recipe.learning_rate,
@@ -257,7 +257,7 @@ def run(
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Writes weights in bf16, configurations (``rope_theta`` also where transformers 4 looks), ``training.json``."""
-    exported = LlamaForCausalLM(trainer.model.config).to(torch.bfloat16)
+    exported = type(trainer.model)(trainer.model.config).to(torch.bfloat16)
     exported.load_state_dict(trainer.model.state_dict())
     exported.config.dtype = torch.bfloat16
     exported.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
