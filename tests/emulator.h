@@ -176,7 +176,7 @@ static int __reduce_add_sync(unsigned, int x) {
   return (int)sum;
 }
 static unsigned atomicXor(unsigned* at, unsigned x) { const unsigned old = *at; *at ^= x; return old; }
-static unsigned atomicAdd(unsigned* at, unsigned x) { const unsigned old = *at; *at += x; return old; }
+template <class T> static T atomicAdd(T* at, T x) { const T old = *at; *at += x; return old; }
 static unsigned atomicInc(unsigned* at, unsigned limit) { const unsigned old = *at; *at = old >= limit ? 0 : old + 1; return old; }
 static int atomicMax(int* at, int x) { const int old = *at; *at = max(old, x); return old; }
 static void __threadfence() {}

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from kvturbo.config import KVFormat
-from kvturbo.ops.decode.cuda import Schedule, Variant, variant_for
+from kvturbo.ops.decode.cuda import Schedule, Variant, limits_of, variant_for
 
 
 class Schedules:
@@ -38,8 +38,7 @@ class Schedules:
     ) -> None:
         self._fmt, self._page_size, self._dtype, self._device = fmt, page_size, dtype, device
         self._group, self._kv_heads, self._most = num_q_heads // num_kv_heads, num_kv_heads, most
-        properties = torch.cuda.get_device_properties(device)
-        self._shared_limit = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        self._limits = limits_of(device)
         self._buffers: dict[Variant, Schedule] = {}
         self._views: dict[tuple[int, int], Schedule] = {}
         for q_len in range(1, max_q_len + 1):
@@ -58,7 +57,7 @@ class Schedules:
     def _buffer(self, q_len: int, batch: int) -> Schedule:
         variant = variant_for(
             self._fmt, self._page_size, self._dtype, self._dtype, self._group, q_len, batch * self._kv_heads,
-            self._shared_limit,
+            self._limits,
         )  # fmt: skip
         if variant not in self._buffers:
             self._buffers[variant] = Schedule(variant, self._most, self._kv_heads, self._device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ from kvturbo.config import KVFormat
 from kvturbo.cuda.jit import Kernel, arch_of, compiled
 from kvturbo.cuda.source import TYPES, page_macros, pointer, sign_words, source
 from kvturbo.layout import PageLayout
+from kvturbo.rotation import factor
 
 _FOLDER = Path(__file__).parent
 _LOG2E = 1.4426950408889634
 _CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
 _FEW_TASKS = 64
-_STATIC_SHARED_BYTES = 2048  # at most, of decode.cu
+_RESERVED_BYTES = 1024  # of a CTA, by the driver
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Variant:
         q_type, out_type: 0 bf16, 1 fp16, 2 fp32.
         row_tiles: tiles of 4 query rows (query heads of a KV head times q_len) that share one decoding of the codes.
         step: slots that a warp takes at once.
-        warps, stages: per CTA, and steps in flight per warp.
+        warps, stages: of a CTA; a stage holds a step. Without bulk copies a multiple of the warps.
         ctas_per_sm: CTAs per multiprocessor that registers are limited for.
     """
 
@@ -60,7 +62,7 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: the rings, in which the warps' results lie later, and the queries."""
+        """Dynamic shared memory of a CTA: the ring, in which the warps' results lie later, and the queries."""
         pages = self.step // self.page_size
         page_bytes = PageLayout.of(self.fmt, self.page_size).page_bytes
         stride = (page_bytes + 63) // 128 * 128 + 64 if self.page_size == 16 else page_bytes
@@ -68,7 +70,13 @@ class Variant:
         results = self.warps * self.rows * (self.fmt.head_dim + 8) * 4
         k_steps = -(-self.fmt.head_dim // 32)
         queries = self.row_tiles * (k_steps + 1) * 256 + 3 * self.rows * 4
-        return max(self.warps * self.stages * stage, results) + queries
+        return max(self.stages * stage, results) + queries
+
+    @property
+    def static_shared_bytes(self) -> int:
+        """Static shared memory of a CTA: barriers, tops and sums of the warps' rows, a vector per warp for the Paley matrix."""
+        vectors = self.warps * self.fmt.head_dim * 4 if factor(self.fmt.head_dim)[0] > 1 else 4
+        return self.stages * 8 + 2 * self.warps * self.rows * 4 + vectors + 16
 
     def macros(self) -> dict[str, int | str]:
         """The macros decode.cu is compiled with."""
@@ -77,7 +85,7 @@ class Variant:
             "NT": self.row_tiles,
             "STEP": self.step,
             "NW": self.warps,
-            "ST": self.stages,
+            "NB": self.stages,
             "MIN_CTAS": self.ctas_per_sm,
             "Q_TYPE": self.q_type,
             "OUT_TYPE": self.out_type,
@@ -86,6 +94,31 @@ class Variant:
     def source(self) -> str:
         """The text that is compiled."""
         return source(_FOLDER / "decode.cu", self.fmt.head_dim)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a GPU gives a kernel; without a GPU, nothing is known.
+
+    Attributes:
+        shared_per_cta, shared_per_sm: bytes of shared memory.
+        bulk_copies: whether any warp may wait for a copy (sm_90 and newer).
+    """
+
+    shared_per_cta: int = 0
+    shared_per_sm: int = 0
+    bulk_copies: bool = False
+
+
+@lru_cache(maxsize=8)
+def limits_of(device: torch.device) -> Limits:
+    """The limits of a GPU."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Limits(
+        int(properties.shared_memory_per_block_optin),
+        int(properties.shared_memory_per_multiprocessor),
+        properties.major >= 9,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +130,7 @@ def variant_for(
     group: int,
     q_len: int = 1,
     tasks: int = 0,
-    shared_limit: int = 0,
+    limits: Limits = Limits(),
 ) -> Variant:
     """The kernel for a call.
 
@@ -106,7 +139,7 @@ def variant_for(
         q_dtype, out_dtype: bf16, fp16 or fp32.
         group, q_len: query heads per KV head, and queries per sequence.
         tasks: sequences times KV heads (0: not known).
-        shared_limit: bytes of shared memory that a CTA may have (0: not known).
+        limits: of the GPU.
     """
     wide = fmt.head_dim > 128
     row_tiles = min(2 if wide else 4, -(-group * q_len // 4))
@@ -114,11 +147,20 @@ def variant_for(
     step = max(page_size, 32 if wide else 64)
     ctas = 1 if wide and page_size == 64 else 2 if wide or heavy else 3
     types = TYPES[q_dtype], TYPES[out_dtype]
-    usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 2, ctas)
+    usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas)
     # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
-    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 3, 1)
-    few = 0 < tasks <= _FEW_TASKS and not heavy and not wide
-    return large if few and large.shared_bytes + _STATIC_SHARED_BYTES <= shared_limit else usual
+    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 24, 1)
+    if 0 < tasks <= _FEW_TASKS and not heavy and not wide and _fit(large, limits):
+        return large
+    # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
+    narrower = (replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1])
+    return next((variant for variant in narrower if _fit(variant, limits)), usual)
+
+
+def _fit(variant: Variant, limits: Limits) -> bool:
+    """Whether as many CTAs as the kernel is compiled for fit on a multiprocessor."""
+    shared = variant.shared_bytes + variant.static_shared_bytes
+    return shared <= limits.shared_per_cta and variant.ctas_per_sm * (shared + _RESERVED_BYTES) <= limits.shared_per_sm
 
 
 class _Params(ctypes.Structure):
@@ -151,11 +193,6 @@ class _ScheduleParams(ctypes.Structure):
 
 
 @lru_cache(maxsize=8)
-def _shared_limit(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=8)
 def _plan_kernel(device: torch.device) -> Kernel:
     """schedule.cu, the same for every variant."""
     return Kernel(compiled((_FOLDER / "schedule.cu").read_text(), arch_of(device), {}), "schedule", device)
@@ -185,9 +222,9 @@ def warmup(
     Raises:
         KeyError: dtype is not bf16, fp16 or fp32.
     """
-    limit, group = _shared_limit(device), num_q_heads // num_kv_heads
+    limits, group = limits_of(device), num_q_heads // num_kv_heads
     variants = {
-        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limit)
+        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limits)
         for q_len in range(1, (max_q_len or 1) + 1)
         for tasks in (1, _FEW_TASKS + 1)
     }
@@ -292,7 +329,7 @@ def _variant(q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtyp
     q_len = -(-q.shape[0] // max(1, batch))
     return variant_for(
         fmt, PageLayout.page_size_of(fmt, pages.shape[2]), q.dtype, out_dtype, q.shape[1] // kv_heads, q_len,
-        batch * kv_heads, _shared_limit(q.device),
+        batch * kv_heads, limits_of(q.device),
     )  # fmt: skip
 
 

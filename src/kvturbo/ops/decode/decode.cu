@@ -1,10 +1,10 @@
 // Decode attention on packed pages with int8 tensor cores (mma.sync m16n8k32 s8), one launch.
 //
 // Tile. All steps of all tasks lie in one row; a step is STEP slots of a (sequence, KV head, block of ROWS query rows) task. A CTA of
-// NW warps takes one big chunk of steps and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, each
-// with its own ring of ST stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
+// NW warps takes one big chunk of steps and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, which
+// lie in a ring of NB stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
 // chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so the result does
-// not depend on timing. ROWS = 4 * NT: query and probability are 15-bit fixed point, 256 * hi + lo.
+// not depend on timing. ROWS = 4 * NT: queries and weights are 16-bit fixed point, 256 * hi + lo.
 //
 // Layout. Page planes as in docs/page.md; offsets come as macros. Lane (g, t) = (lane / 4, lane % 4). Tokens and channels are the MMA's
 // M: the codes are A, decoded once for all rows; the queries are B, a tile of 4 rows with hi and lo in neighbouring columns, so that
@@ -24,8 +24,9 @@ constexpr int PAGES = STEP / PAGE;          // pages per step
 // 16-slot pages want a stride of 64 modulo 128 bytes: then the V loads of a quarter warp, which spans two pages, meet no bank twice
 constexpr int STRIDE = PAGE == 16 ? (PAGE_BYTES + 63) / 128 * 128 + 64 : PAGE_BYTES;
 constexpr int STAGE = (PAGES * STRIDE + 127) / 128 * 128;
-constexpr int RING = NW * ST * STAGE, LINE = D + 8, RESULTS = NW * ROWS * LINE * 4;
+constexpr int RING = NB * STAGE, LINE = D + 8, RESULTS = NW * ROWS * LINE * 4;
 constexpr int QUERIES_AT = ((RING > RESULTS ? RING : RESULTS) + 15) / 16 * 16;
+constexpr int OWN = (NB + NW - 1) / NW;     // stages that a warp fills first, at most
 constexpr int PART = ROWS * (D + 2);        // floats of a partial result: O, then m and l per row
 constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise passes
 constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
@@ -154,22 +155,24 @@ DEV float half_at(const u8* at) {
 
 // ---- copies ------------------------------------------------------------------------------------------------------------------------
 
+// NB stages for all warps. Step i of the CTA's life lies in stage i % NB; the warp that has read a step refills its stage with the step
+// NB later, whosever that is.
 struct Ring {
-  u32 bar0, base0;  // shared addresses of this warp's barriers and stages
+  u32 bar0, base0;  // shared addresses of the barriers and stages
   u8* base;
-  int stage, phase;
-  DEV void init(u8* smem, u64* bars, int warp, int lane) {
-    base = smem + warp * ST * STAGE;
-    bar0 = (u32)__cvta_generic_to_shared(bars + warp * ST);
+  int stage, phase;  // of this warp's next step
+  DEV void init(u8* smem, u64* bars) {
+    base = smem;
+    bar0 = (u32)__cvta_generic_to_shared(bars);
     base0 = (u32)__cvta_generic_to_shared(base);
-    stage = phase = 0;
 #if __CUDA_ARCH__ >= 900
-    if (lane < ST) asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(bar0 + lane * 8));
+    if (threadIdx.x < NB) asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(bar0 + threadIdx.x * 8));
     asm volatile("fence.mbarrier_init.release.cluster;");
-    __syncwarp();
+    __syncthreads();
 #endif
   }
-  DEV void advance() { if (++stage == ST) { stage = 0; phase ^= 1; } }
+  DEV void seek(int i) { stage = i % NB; phase = i / NB & 1; }
+  DEV void advance() { stage += NW; if (stage >= NB) { stage -= NB; phase ^= 1; } }
   DEV const u8* data() const { return base + stage * STAGE; }
 #if __CUDA_ARCH__ >= 900
   // Copies `count` pages; lane i knows the id of page i.
@@ -190,6 +193,7 @@ struct Ring {
                  ::"r"(bar0 + stage * 8), "r"(phase) : "memory");
   }
 #else
+  static_assert(NB % NW == 0, "a warp waits for its own copies only");
   DEV void issue(int into, const u8* pages, u32 block_stride, u32 id, int count) const {
     for (int i = 0; i < PAGES; i++) {
       const u8* source = pages + (u64)__shfl_sync(~0u, id, i) * block_stride;
@@ -242,12 +246,12 @@ struct Piece {
   DEV int page_id(int step, int lane) const {  // lane i's is page i of the step
     return step < s1 && lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0;
   }
-  DEV void first_page_ids(int warp, int lane, int (&ids)[ST]) const { UNROLL for (int i = 0; i < ST; i++) ids[i] = page_id(s0 + warp + NW * i, lane); }
+  DEV void first_page_ids(int warp, int lane, int (&ids)[OWN]) const { UNROLL for (int i = 0; i < OWN; i++) ids[i] = page_id(s0 + warp + NW * i, lane); }
   DEV void issue(const Ring& ring, const Params& p, int into, int step, int id) const {
     if (step < s1) ring.issue(into, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); else ring.skip();
   }
-  DEV void issue_first(const Ring& ring, const Params& p, int warp, const int (&ids)[ST]) const {
-    UNROLL for (int i = 0; i < ST; i++) issue(ring, p, (ring.stage + i) % ST, s0 + warp + NW * i, ids[i]);
+  DEV void issue_first(const Ring& ring, const Params& p, int warp, const int (&ids)[OWN]) const {
+    UNROLL for (int i = 0; i < OWN; i++) if (warp + NW * i < NB) issue(ring, p, (ring.stage + NW * i) % NB, s0 + warp + NW * i, ids[i]);
   }
 };
 
@@ -541,7 +545,7 @@ template <class F, class W> DEV void merge_row(int n, F value, W weight, float& 
 }
 
 struct Shared {
-  u64 bars[NW * ST];
+  u64 bars[NB];
   float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
   int ticket;
 };
@@ -605,7 +609,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   auto chunk_start = [&](int c) { return c < ctas ? c * plan.x : large + (c - ctas) * plan.y; };
   auto chunk_of = [&](int step) { return step < large ? step / plan.x : ctas + (step - large) / plan.y; };
   Ring ring;
-  ring.init(smem, sh.bars, warp, lane);
+  ring.init(smem, sh.bars);
   u32 k_table[2], v_table[2];
   level_table<K_BITS>(k_table);
   level_table<V_BITS>(v_table);
@@ -616,12 +620,13 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   auto read_record = [&] { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); };
   read_record();
   Piece now(p, r0, r1, at, stop);
-  int ids[ST];
+  int ids[OWN], before = 0;  // steps of the CTA's earlier pieces
+  ring.seek(warp);
   now.first_page_ids(warp, lane, ids);
   now.issue_first(ring, p, warp, ids);
 
   for (bool more = true; more;) {
-    int step = now.s0 + warp, next_id = now.page_id(step + NW * ST, lane);
+    int step = now.s0 + warp, next_id = now.page_id(step + NB, lane);
     load_queries(p, now.k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
     __syncthreads();
     Query q;
@@ -638,7 +643,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] = 0;
     }
     float s[NT][GROUPS][4];
-    if (step < now.s1) { ring.wait<ST - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
+    if (step < now.s1) { ring.wait<OWN - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
     for (bool exact = true; step < now.s1;) {
       const u8* data = ring.data();
       Ring ahead = ring;
@@ -651,21 +656,23 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
         // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others. 0 after the last.
         if (drawn && ends && threadIdx.x == 0 && step + NW >= now.s1) sh.ticket = atomicInc(p.counters, drawn + ctas - 1);
         add_values(data, g, t, v_table, b, unit, x);
-        if (step + NW < now.s1) { ahead.wait<ST - 2>(); data = ahead.data(); }
+        if (step + NW < now.s1) { ahead.wait<OWN - 2>(); data = ahead.data(); }
       }
       step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
       if (!done) continue;
       __syncwarp();
-      now.issue(ring, p, ring.stage, step + NW * ST, next_id);
-      next_id = now.page_id(step + NW * (ST + 1), lane);
+      now.issue(ring, p, ring.stage, step + NB, next_id);
+      next_id = now.page_id(step + NB + NW, lane);
       ring.advance();
       step += NW;
     }
 
     // The next piece's record is read while the warps' results are merged, and its first pages are copied while pieces are.
-    const Piece done = now;
+    asm volatile("" : "+r"(r0.w));  // made again rather than kept in registers during the steps
+    const Piece done(p, r0, r1, at, stop);
     const int first = chunk_of(done.begin), splits = chunk_of(done.begin + done.steps - 1) - first + 1;
     float* part = p.workspace + (i64)(2 * chunk + (done.s0 == 0)) * PART;
+    before += done.s1 - done.s0;
     __syncthreads();
     at = done.begin + done.s1;
     if (ends) {
@@ -699,11 +706,14 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     __syncthreads();
     if (more) now.first_page_ids(warp, lane, ids);
     merge_warps(p, done.k, sh, rows, part, splits == 1, warp, lane);
+    if (more) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
 #endif
-    __syncthreads();
-    if (more) now.issue_first(ring, p, warp, ids);
+      __syncthreads();
+      ring.seek(before + warp);
+      now.issue_first(ring, p, warp, ids);
+    }
     if (splits > 1) merge_pieces(p, done.k, sh, first, splits, warp, lane);
   }
 }

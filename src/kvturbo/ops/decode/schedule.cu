@@ -4,9 +4,9 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Chunk c < ctas is CTA c's own: `big` steps, about 85 % of the work, whole tasks where they are short. The rest is cut into up to
-// SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Chunk borders depend on
-// lengths only, never on timing.
+// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one, of which the rest is cut into up to
+// SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Where all tasks are equally
+// long, chunks are whole tasks or equal parts of one if that costs little. Borders depend on lengths only, never on timing.
 //
 // plan: [0] big, [1] small, [2] steps in all, [3] rows of q in use, [4] where `cum` lies, [8 ..] a record of 8 ints per chunk (first
 // sequence, steps before it, steps of one of its tasks, first task, its length, rows of q before it, q_len, start), then cum: steps before each
@@ -47,17 +47,17 @@ __device__ int steps_of(const Params& p, int b, int q_len) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
-  __shared__ int warps[32], s_longest;
+  __shared__ int warps[32], s_longest, s_tasks;
   const int batch = p.batch, ctas = p.ctas, chunks = (1 + SMALL_PER_CTA) * ctas;
   int* cum = p.plan + 8 + 8 * chunks;
   int* q_rows = cum + batch + 1;
-  if (threadIdx.x == 0) { cum[0] = q_rows[0] = 0; s_longest = 1; }
+  if (threadIdx.x == 0) { cum[0] = q_rows[0] = 0; s_longest = 1; s_tasks = 0; }
   __syncthreads();
   int total = 0, used = 0;
   for (int b0 = 0; b0 < batch; b0 += 1024) {
     const int b = b0 + threadIdx.x, q_len = b < batch ? p.q_lens ? p.q_lens[b] : 1 : 0;
     const int tasks = p.kv_heads * ((p.group * q_len + p.rows - 1) / p.rows), steps = tasks ? steps_of(p, b, q_len) : 0;
-    if (steps) atomicMax(&s_longest, steps);
+    if (steps) { atomicMax(&s_longest, steps); atomicAdd(&s_tasks, tasks); }
     int sum, sum_rows;
     const int before = scan(tasks * steps, warps, sum), before_rows = scan(q_len, warps, sum_rows);
     if (b < batch) { cum[b + 1] = total + before; q_rows[b + 1] = used + before_rows; }
@@ -66,12 +66,14 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
   }
   __syncthreads();
   const int longest = s_longest, least = min(p.min_chunk, longest), mean = (total + ctas - 1) / ctas;
+  const bool even = (i64)s_tasks * longest == total;  // all tasks are equally long
   int big = max(mean, least), small = 1;
-  for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)  // whole tasks, or equal parts of one, where that costs little
-    if (longest % n == 0) { big = longest / n; break; }
-  if (mean >= 32 * p.min_chunk && longest <= 4 * mean) {
-    big = mean * 85 / 100;
-    if (big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
+  if (even)
+    for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)
+      if (longest % n == 0) { big = longest / n; break; }
+  if (mean >= 32 * p.min_chunk && longest <= 8 * mean) {
+    big = mean * 92 / 100;
+    if (even && big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
     const int rest = total - big * ctas;
     small = max(8 * p.min_chunk, (rest + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
   }
