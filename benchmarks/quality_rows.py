@@ -39,7 +39,8 @@ CASE_ENTRIES = (
 )
 LAYER_FORMAT = "k3v3"
 SIDE_FORMATS = ("k4v4", "k3v3", "k2v2")
-HEAD_FORMATS = ("k4v2", "k3v3")
+HEAD_FORMATS = ("k4v2", "k3v3 without windows")
+"""Of equal bits and without windows, so that only the split between keys and values differs."""
 CONTEXT = 8192
 """Tokens for which bits with windows are given."""
 
@@ -196,7 +197,7 @@ def _heads(entries: dict[str, Entry]) -> Iterator[Job]:
                 chosen = subject.calibration.sharp_heads()
                 heads = {layer: mask if sharp else ~mask for layer, mask in chosen.items()}
                 tokens = torch.cat([subject.calibration.effective_tokens[i][heads[i]] for i in sorted(heads)])
-                figures = subject.text.measure(Simulation(entries[name](subject), heads=heads))
+                figures = subject.text.measure(Simulation((entries | ABLATIONS)[name](subject), heads=heads))
                 return figures | {"heads": len(tokens), "effective_tokens": tokens.log().mean().exp().item()}
 
             yield Job("heads", PLAIN, name, "sharp" if sharp else "diffuse", measure)

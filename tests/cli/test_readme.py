@@ -1,4 +1,4 @@
-"""README.md says what benchmarks/results say."""
+"""README.md and docs/quality.md say what benchmarks/results say."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "quality.md", tmp_path / "docs")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")

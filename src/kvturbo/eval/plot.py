@@ -58,3 +58,93 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
 
 def _label(axes: Any, row: Row, y: float) -> None:
     axes.annotate(row["format"], (row["bytes_per_token"], y), xytext=(6, 6), textcoords="offset points")
+
+
+def divergence_by_bits(rows: Sequence[Row], path: Path) -> Path:
+    """Mean and 99.9 % KL divergence against bits per element with windows, kvturbo's formats and others apart, as SVG.
+
+    Args:
+        rows: `name`, `source`, `bits_at_8k`, `kl_mean`, `kl_p99.9` of every format.
+        path: the file to write.
+    """
+    figure, panels = _figure(12, 5, 2)
+    for axes, key, label in zip(panels, ("kl_mean", "kl_p99.9"), ("mean", "99.9 % quantile of"), strict=True):
+        for ours in (True, False):
+            chosen = [r for r in rows if str(r["source"]).startswith("kvturbo") == ours and r[key]]
+            marker, name = ("o", "kvturbo") if ours else ("s", "others")
+            axes.plot([r["bits_at_8k"] for r in chosen], [r[key] for r in chosen], marker, label=name)
+            for row in chosen:
+                place = (row["bits_at_8k"], row[key])
+                axes.annotate(row["name"], place, xytext=(4, 4), textcoords="offset points", fontsize=6)
+        axes.set(xlabel="bits per element at 8k, windows counted", ylabel=f"{label} KL [nats/token]", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _save(figure, path)
+
+
+def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
+    """Retrieval accuracy with 95 % intervals against the length of the context, a panel per kind of task, as SVG.
+
+    Args:
+        rows: `name`, `setting` (such as `hops-4k`), `accuracy`, `low`, `high`.
+        path: the file to write.
+    """
+    kinds = list(dict.fromkeys(row["setting"].rpartition("-")[0] for row in rows))
+    figure, panels = _figure(3.2 * len(kinds), 3.6, len(kinds))
+    names = list(dict.fromkeys(row["name"] for row in rows if row["section"] == "length"))
+    for axes, kind in zip(panels, kinds, strict=True):
+        for shift, name in enumerate(names):
+            found = {
+                int(r["setting"].rpartition("-")[2].removesuffix("k")): r
+                for r in rows if r["name"] == name and r["setting"].rpartition("-")[0] == kind
+            }  # fmt: skip
+            sizes = sorted(found)
+            values = [100 * found[size]["accuracy"] for size in sizes]
+            below = [100 * (found[size]["accuracy"] - found[size]["low"]) for size in sizes]
+            above = [100 * (found[size]["high"] - found[size]["accuracy"]) for size in sizes]
+            places = [size * (1 + 0.01 * shift) for size in sizes]
+            axes.errorbar(
+                places, values, yerr=[below, above], fmt="o-", capsize=2, label=name, linewidth=1, markersize=3
+            )
+        axes.set(title=kind, xlabel="context [k tokens]")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("answered exactly [%]")
+    panels[-1].legend(fontsize=6)
+    return _save(figure, path)
+
+
+def divergence_by_layer(rows: Sequence[Row], path: Path) -> Path:
+    """Mean KL divergence when only one layer's keys or only its values are packed, as SVG.
+
+    Args:
+        rows: `name`, `setting` (such as `k 3`: keys of layer 3), `kl_mean`.
+        path: the file to write.
+    """
+    figure, (axes,) = _figure(7, 3.6, 1)
+    for side, label, shift in (("k", "keys", -0.2), ("v", "values", 0.2)):
+        found = {int(r["setting"].split()[1]): r["kl_mean"] for r in rows if r["setting"].startswith(side)}
+        layers = sorted(found)
+        axes.bar([layer + shift for layer in layers], [found[layer] for layer in layers], width=0.4, label=label)
+    axes.set(xlabel="layer", ylabel="mean KL [nats/token]", yscale="log", title=f"{rows[0]['name']} in one layer only")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """SVG without a date and with ids that depend on the content only, so that the same rows give the same file."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "kvturbo"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    return path

@@ -1,0 +1,217 @@
+"""Tables and plots of the comparison that benchmarks/quality.py measures, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvturbo.eval.goals import Row, check, find
+from kvturbo.eval.report import markdown_table
+
+Report = dict[str, Any]
+ABLATED = ("k4v4", "k4v2", "k3v3", "k3v2")
+HARD, EASY = "hard-8k", "multikey-8k"
+MISSING = "Not measured yet: `python benchmarks/quality.py` makes the rows."
+
+
+def conditions(report: Report) -> str:
+    """On what, with what and when it was measured."""
+    sizes, versions = report["settings"], report["versions"]
+    machine = report["gpu"] or report["cpu"]
+    text = find(report["rows"], section="text", case="plain", name="k4v4")
+    scored = f"{text['scored_tokens']:,}" if text else "no"
+    return (
+        f"Measured with `benchmarks/quality.py` on {machine}: model {sizes['model']}, {sizes['dtype']}, {scored} scored tokens in "
+        f"rows of {sizes['length']:,} (the first {sizes['prefix']:,} tokens raw and not scored, then chunks of "
+        f"{sizes['chunk']}); torch {versions['torch']}, transformers {versions['transformers']}, commit {report['commit']}."
+    )
+
+
+def goals(report: Report) -> str:
+    """Figures to reach, reached or not."""
+    rows = [(goal.text, goal.target, goal.found, goal.verdict) for goal in check(report["rows"])]
+    return markdown_table(("figure", "to reach", "found", ""), rows)
+
+
+def formats(report: Report) -> str:
+    """Every format and baseline on the plain model, fewest bits first."""
+    rows = sorted(_rows(report, section="text", case="plain"), key=lambda row: (row["bits_at_8k"], row["name"]))
+    header = ("format", "bits", "bits at 8k", "mean KL", "p99 KL", "p99.9 KL", "same top-1", "perplexity", HARD, EASY)
+    return _or_missing(header, [_format_cells(row, report) for row in rows])
+
+
+def low(report: Report) -> str:
+    """Settings of few bits on the harder retrieval setting, the best first."""
+    found = [r for r in _rows(report, section="retrieval", setting=HARD) if r["bits_at_8k"] <= 3.0]
+    rows = sorted(found, key=lambda row: -row["difference"])
+    cells = [(f"`{r['name']}`", f"{r['bits']:.3f}", f"{r['bits_at_8k']:.2f}", *_accuracy_cells(r)) for r in rows]
+    return _or_missing(("setting", "bits", "bits at 8k", HARD, "to 16 bit, points", "questions"), cells)
+
+
+def ablation(report: Report) -> str:
+    """Mean KL of a format with one choice made otherwise, over that of the format."""
+    rows = {row["name"]: row for row in _rows(report, section="ablation")}
+    changes = dict.fromkeys(name.partition(" ")[2] for name in rows)
+    cells = [("as it is, mean KL", *(_number(rows.get(name)) for name in ABLATED))]
+    for change in [change for change in changes if change]:
+        ratios = [_ratio(rows.get(f"{name} {change}"), rows.get(name)) for name in ABLATED]
+        cells.append((change, *ratios))
+    return _or_missing(("change", *(f"`{name}`" for name in ABLATED)), cells if rows else [])
+
+
+def cases(report: Report) -> str:
+    """Mean KL and retrieval on rewrites of the model that keep its function."""
+    rows = _rows(report, section="case")
+    found = [case for case in dict.fromkeys(row["case"] for row in rows) if not case.endswith(" control")]
+    names = dict.fromkeys(row["name"] for row in rows if row["case"] in found)
+    cells = []
+    for name in names:
+        plain = find(report["rows"], section="text", case="plain", name=name)
+        per_case = [find(rows, case=case, name=name) for case in found]
+        answers = [find(report["rows"], section="case-retrieval", case=case, name=name) for case in found]
+        bits = ", ".join(dict.fromkeys(f"{row['bits']:.2f}" for row in per_case if row))
+        cells.append((f"`{name}`", bits, _number(plain), *map(_number, per_case), *map(_percent, answers)))
+    header = ("format", "bits", "plain", *found, *(f"{case}, {HARD}" for case in found))
+    controls = [
+        f"`k4v4` on {row['case'].removesuffix(' control')}'s control, the same shape without what makes it hard: {_number(row)}."
+        for row in rows if row["case"].endswith(" control")
+    ]  # fmt: skip
+    return "\n\n".join([_or_missing(header, cells), *controls])
+
+
+def heads(report: Report) -> str:
+    """Divergence when only sharp or only diffuse heads are packed."""
+    rows = _rows(report, section="heads")
+    cells = [
+        (f"`{r['name']}`", r["setting"], str(r["heads"]), f"{r['effective_tokens']:.0f}", _number(r), f"{r['kl_p99.9']:.4f}")
+        for r in rows
+    ]  # fmt: skip
+    return _or_missing(("format", "heads packed", "KV heads", "tokens attended to", "mean KL", "p99.9 KL"), cells)
+
+
+def sides(report: Report) -> str:
+    """Divergence when only keys or only values are packed."""
+    rows = [row for row in _rows(report, section="sides") if row["setting"].endswith(" all")]
+    cells = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        both = find(report["rows"], section="text", case="plain", name=name)
+        only = [find(rows, name=name, setting=f"{side} all") for side in ("k", "v")]
+        cells.append((f"`{name}`", *map(_number, (*only, both))))
+    return _or_missing(("format", "keys only", "values only", "both"), cells)
+
+
+def length(report: Report) -> str:
+    """Retrieval by setting and length, in percent of questions answered exactly."""
+    rows = _rows(report, section="length") + _rows(report, section="retrieval", case="plain")
+    measured = _rows(report, section="length")
+    settings = sorted({row["setting"] for row in rows}, key=_length_key)
+    names = dict.fromkeys(row["name"] for row in measured)
+    cells = [(f"`{name}`", *(_percent(find(rows, name=name, setting=s)) for s in settings)) for name in names]
+    counts = {s: find(measured, setting=s, name="16bit") or find(rows, setting=s, name="16bit") for s in settings}
+    last = ("questions (16 bit)", *(f"{row['questions']:,}" if row else "-" for row in counts.values()))
+    return _or_missing(("format", *settings), [*cells, last] if cells else [])
+
+
+def plot_bits(report: Report) -> str:
+    """Divergence against bits."""
+    drawn = _rows(report, section="text", case="plain")
+    return _image("bits", "KL divergence against bits per element") if drawn else MISSING
+
+
+def plot_length(report: Report) -> str:
+    """Accuracy against length."""
+    return _image("length", "retrieval accuracy against length") if _rows(report, section="length") else MISSING
+
+
+def plot_layers(report: Report) -> str:
+    """Divergence by layer, keys and values apart."""
+    return _image("layers", "KL divergence by layer, keys and values apart") if _layer_rows(report) else MISSING
+
+
+TABLES: dict[str, Callable[[Report], str]] = {
+    "conditions": conditions,
+    "goals": goals,
+    "formats": formats,
+    "low": low,
+    "ablation": ablation,
+    "cases": cases,
+    "heads": heads,
+    "sides": sides,
+    "length": length,
+    "plot-bits": plot_bits,
+    "plot-length": plot_length,
+    "plot-layers": plot_layers,
+}
+"""Tables of docs/quality.md by name."""
+
+
+def plots(report: Report, folder: Path) -> list[Path]:
+    """Draws what the rows allow: divergence against bits, accuracy against length, divergence by layer; returns the files."""
+    from kvturbo.eval import plot
+
+    drawn = []
+    text = _rows(report, section="text", case="plain")
+    if text:
+        drawn.append(plot.divergence_by_bits(text, folder / "quality-bits.svg"))
+    lengths = _rows(report, section="length") + _rows(report, section="retrieval", case="plain")
+    if _rows(report, section="length"):
+        drawn.append(plot.accuracy_by_length(lengths, folder / "quality-length.svg"))
+    if _layer_rows(report):
+        drawn.append(plot.divergence_by_layer(_layer_rows(report), folder / "quality-layers.svg"))
+    return drawn
+
+
+def _image(name: str, text: str) -> str:
+    return f"![{text}](images/quality-{name}.svg)"
+
+
+def _layer_rows(report: Report) -> list[Row]:
+    return [row for row in _rows(report, section="sides") if not row["setting"].endswith(" all")]
+
+
+def _rows(report: Report, **wanted: Any) -> list[Row]:
+    return [row for row in report["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def _or_missing(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    listed = list(cells)
+    return markdown_table(header, listed) if listed else MISSING
+
+
+def _format_cells(row: Row, report: Report) -> tuple[str, ...]:
+    answers = [
+        find(report["rows"], section="retrieval", case="plain", name=row["name"], setting=s) for s in (HARD, EASY)
+    ]
+    return (
+        f"`{row['name']}`", f"{row['bits']:.3f}", f"{row['bits_at_8k']:.2f}", _number(row), _number(row, "kl_p99"),
+        _number(row, "kl_p99.9"), f"{100 * row['same_top1']:.2f} %", f"{row['perplexity']:.4f}", *map(_with_count, answers),
+    )  # fmt: skip
+
+
+def _accuracy_cells(row: Row) -> tuple[str, str, str]:
+    interval = f"{100 * row['difference_low']:+.1f} to {100 * row['difference_high']:+.1f}"
+    return f"{100 * row['accuracy']:.1f} %", f"{100 * row['difference']:+.1f} ({interval})", f"{row['questions']:,}"
+
+
+def _number(row: Row | None, name: str = "kl_mean") -> str:
+    if row is None:
+        return "-"
+    return "NaN" if row[name] is None else f"{row[name]:.3g}" if row[name] < 0.1 else f"{row[name]:.2f}"
+
+
+def _ratio(row: Row | None, base: Row | None) -> str:
+    return "-" if row is None or base is None else f"{row['kl_mean'] / base['kl_mean']:.2f}x"
+
+
+def _percent(row: Row | None) -> str:
+    return "-" if row is None else f"{100 * row['accuracy']:.1f} %"
+
+
+def _with_count(row: Row | None) -> str:
+    return "-" if row is None else f"{100 * row['difference']:+.1f} ({row['questions']:,})"
+
+
+def _length_key(setting: str) -> tuple[str, int]:
+    task, _, size = setting.rpartition("-")
+    return task, int(size.removesuffix("k"))
