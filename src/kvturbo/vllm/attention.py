@@ -84,7 +84,7 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         """Called once the cache is set up and before any step: outlier channels, and memory for prompts."""
         if self.fmt.outliers and self._channels is None:
             self._channels = outlier_channels(layer.layer_name, self.fmt, self.num_kv_heads, vllm_config).to(device)
-        self._prompts_on(device).workspace()
+        self._prompts_on(device).warm_up(self._shapes.dtype, device)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

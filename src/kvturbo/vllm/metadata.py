@@ -101,16 +101,19 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         ValueError: more speculative tokens than the decode kernel takes, where the host does not know the lengths exactly.
     """
 
+    supports_draft_decode_metadata_update = True
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.reorder_batch_threshold: int | None
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.max_q_len = int(self.reorder_batch_threshold or 1)
-        if self.max_q_len > MAX_Q_LEN:
+        drafting = vllm_config.speculative_config is not None
+        if (self.reorder_batch_threshold or 1) > MAX_Q_LEN:
             _check_long_drafts(vllm_config)
-            self.max_q_len = self.reorder_batch_threshold = 1
+            self.reorder_batch_threshold, drafting = 1, False
+        # A draft model's catching up has more tokens than a verification, and the host knows such lengths from above only.
+        self.max_q_len = MAX_Q_LEN if drafting else 1
         layers = vllm_config.compilation_config.static_forward_context
         self.layers = [layers[name] for name in layer_names]
         first = self.layers[0].impl
@@ -150,6 +153,12 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
             self._decode_rows(common_attn_metadata, decodes, decode_tokens) if decode_tokens else None,
             _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.device) if prompts else None,
         )
+
+    def update_draft_decode_metadata(self, metadata: PackedMetadata) -> None:
+        """Makes the plan again for lengths that have grown on the device; can be captured."""
+        rows = metadata.decode
+        if rows is not None and rows.schedule is not None:
+            rows.schedule.update(rows.seq_lens, rows.q_lens)
 
     def _decode_rows(self, common: CommonAttentionMetadata, batch: int, tokens: int) -> DecodeRows:
         seq_lens, q_lens = common.seq_lens[:batch], None

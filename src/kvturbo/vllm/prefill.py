@@ -101,6 +101,11 @@ class Prompts:
     workspace: Callable[[], list[Tensor]]
     backend: str
 
+    def warm_up(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Takes the workspace and puts the rotation's matrix on the device."""
+        self.workspace()
+        _rotation(self.fmt.head_dim, self.fmt.seed, dtype, device)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: PromptRows, channels: Tensor | None, out: Tensor
     ) -> Tensor:

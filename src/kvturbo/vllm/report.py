@@ -25,6 +25,7 @@ class Layer:
         why: why it is not packed.
         nbytes: of a token, all heads of this rank, padding included.
         dense: of a token in 16 bits.
+        window: whether its cache stops growing.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Layer:
     why: str
     nbytes: float
     dense: float
+    window: bool
 
 
 def layers_of(vllm_config: Any) -> list[Layer]:
@@ -47,10 +49,10 @@ def layers_of(vllm_config: Any) -> list[Layer]:
         if spec is None:
             continue
         spec = customize_attention_spec(module.get_attn_backend(), spec)
-        packed = getattr(module.impl, "fmt", None)
-        why = "" if packed else "sliding window" if module.sliding_window is not None else "skipped by flag"
+        packed, window = getattr(module.impl, "fmt", None), module.sliding_window is not None
+        why = "" if packed else "sliding window" if window else "skipped by flag"
         dense = 2 * spec.num_kv_heads * (spec.head_size + spec.head_size_v)
-        layers.append(Layer(name, packed, why, spec.page_size_bytes / spec.block_size, dense))
+        layers.append(Layer(name, packed, why, spec.page_size_bytes / spec.block_size, dense, window))
     return layers
 
 
@@ -68,10 +70,11 @@ def summary(layers: Iterable[Layer], workspace_bytes: int) -> str:
         if not layer.packed:
             others.setdefault(layer.why, []).append(str(i))
     rest = "".join(f", 16 bits: {','.join(numbers)} ({why})" for why, numbers in others.items())
-    capacity = sum(layer.dense for layer in layers) / sum(layer.nbytes for layer in layers)
+    growing = [layer for layer in layers if not layer.window]
+    capacity = sum(layer.dense for layer in growing) / sum(layer.nbytes for layer in growing)
     return (
         f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; {capacity:.2f} times the tokens of "
-        f"a 16-bit cache; workspace for prompts {workspace_bytes / 2**20:.0f} MiB ({PIECE_TOKENS} tokens at a time)"
+        f"a 16-bit cache in the layers that grow with the context; workspace for prompts {workspace_bytes / 2**20:.0f} MiB ({PIECE_TOKENS} tokens at a time)"
     )
 
 
