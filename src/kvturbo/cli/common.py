@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from kvturbo.eval.runner import Evaluation
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a folder or a hub id (default: the embedded model)")
+def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    note = "a folder or a hub id (default: the embedded model)"
+    if positional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=note)
+    else:
+        parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=note)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 or auto: float32 on a CPU, else the model's own"
