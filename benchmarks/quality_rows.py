@@ -17,8 +17,12 @@ from kvturbo.eval.measure import Passages, RetrievalMeasure, TextMeasure, cut_pa
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.retrieval import get_setting
 from kvturbo.eval.simulation import Simulation
+from kvturbo.hf.calibration import moments_of_text
+from kvturbo.hf.fold import fold
 
-PLAIN, CONTROL = "plain", " control"
+PLAIN, CONTROL, REPAIRED = "plain", " control", ", weights folded"
+REPAIRED_ENTRIES = ("k4v4", "k3v3")
+"""Measured on a case whose weights `kvturbo.hf.fold` has rewritten."""
 RETRIEVAL = ("hard-8k", "multikey-8k")
 BY_LENGTH = ("multikey-1k", "multikey-4k", "needle-4k", "needle-8k", "hops-4k", "hops-8k", "hard-4k")
 LENGTH_ENTRIES = ("k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "vllm-4bit_nc", "vllm-3bit_nc", "kivi2")
@@ -92,9 +96,14 @@ class Subject:
         return self.loaded.model.config.head_dim
 
     @property
+    def calibration_ids(self) -> torch.Tensor:
+        """[1, T] int64, text that is not scored."""
+        return self._rest[None]
+
+    @property
     def calibration(self) -> Calibration:
         if self._calibration is None:
-            self._calibration = calibrate(self.loaded.model, self._rest[None])
+            self._calibration = calibrate(self.loaded.model, self.calibration_ids)
         return self._calibration
 
     @property
@@ -136,6 +145,10 @@ class Bench:
 
     def _rewritten(self, case: str) -> Any:
         device = self.loaded.device
+        if case.endswith(REPAIRED):
+            hard = self._rewritten(case.removesuffix(REPAIRED))
+            calibration = self.subject(PLAIN).calibration_ids
+            return fold(hard, moments_of_text(hard, calibration)).to(device).eval()
         source = self.loaded.model.to("cpu")
         model = self.cases[case](source).to(device).eval()
         source.to(device)
@@ -185,6 +198,10 @@ def _case(case: str, entries: dict[str, Entry], sizes: Sizes) -> Iterator[Job]:
         yield _text("case", case, name, entry)
     for name in ("16bit", *CASE_RETRIEVAL):
         yield _retrieval("case-retrieval", case, name, chosen.get(name), RETRIEVAL[0], False, sizes)
+    for name in REPAIRED_ENTRIES:
+        yield _text("case", case + REPAIRED, name, entries[name])
+    for name in ("16bit", *REPAIRED_ENTRIES):
+        yield _retrieval("case-retrieval", case + REPAIRED, name, entries.get(name), RETRIEVAL[0], False, sizes)
 
 
 def _heads(entries: dict[str, Entry]) -> Iterator[Job]:

@@ -95,7 +95,9 @@ def test_vllm_values_are_uniform_between_smallest_and_largest_and_not_rotated(na
 
 def test_vllm_k8v4_keys_are_plain_e4m3() -> None:
     x = normal() * 300
-    assert torch.equal(codec_of("vllm-k8v4").restore(x, "k", 0), x.to(torch.float8_e4m3fn).float())
+    assert x.abs().max() > 448
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(codec_of("vllm-k8v4").restore(x, "k", 0), expected)
 
 
 def test_pr38280_loses_what_it_trims() -> None:

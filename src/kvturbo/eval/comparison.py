@@ -12,6 +12,7 @@ from kvturbo.eval.report import markdown_table
 Report = dict[str, Any]
 ABLATED = ("k4v4", "k4v2", "k3v3", "k3v2")
 HARD, EASY = "hard-8k", "multikey-8k"
+FOLDED = ", weights folded"
 MISSING = "Not measured yet: `python benchmarks/quality.py` makes the rows."
 
 
@@ -63,7 +64,7 @@ def ablation(report: Report) -> str:
 def cases(report: Report) -> str:
     """Mean KL and retrieval on rewrites of the model that keep its function."""
     rows = _rows(report, section="case")
-    found = [case for case in dict.fromkeys(row["case"] for row in rows) if not case.endswith(" control")]
+    found = [case for case in dict.fromkeys(row["case"] for row in rows) if case.partition(" ")[0] == case]
     names = dict.fromkeys(row["name"] for row in rows if row["case"] in found)
     cells = []
     for name in names:
@@ -72,6 +73,11 @@ def cases(report: Report) -> str:
         answers = [find(report["rows"], section="case-retrieval", case=case, name=name) for case in found]
         bits = ", ".join(dict.fromkeys(f"{row['bits']:.2f}" for row in per_case if row))
         cells.append((f"`{name}`", bits, _number(plain), *map(_number, per_case), *map(_percent, answers)))
+    for name in ("k4v4", "k3v3"):
+        folded = [find(rows, case=f"{case}{FOLDED}", name=name) for case in found]
+        answers = [find(report["rows"], section="case-retrieval", case=f"{case}{FOLDED}", name=name) for case in found]
+        if any(folded):
+            cells.append((f"`{name}`{FOLDED}", "as above", "-", *map(_number, folded), *map(_percent, answers)))
     header = ("format", "bits", "plain", *found, *(f"{case}, {HARD}" for case in found))
     controls = [
         f"`k4v4` on {row['case'].removesuffix(' control')}'s control, the same shape without what makes it hard: {_number(row)}."

@@ -41,8 +41,8 @@ RATIOS = (
 """Format, baseline, largest ratio of mean KL."""
 CASES = (
     ("key-bias", "k4v4 guarded", 1.2),
-    ("key-scale", "k4v4 folded", 1.2),
-    ("value-mean", "k4v4 value mean removed", 1.2),
+    ("key-scale, weights folded", "k4v4", 1.2),
+    ("value-mean, weights folded", "k4v4", 1.2),
 )
 """Hard case, fix, largest ratio of mean KL to the plain model's k4v4."""
 

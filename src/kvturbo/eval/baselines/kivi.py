@@ -6,6 +6,8 @@ Asymmetric rounding to nearest without rotation: keys per channel over groups of
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from kvturbo.config import Side
@@ -28,8 +30,8 @@ def keys(k: Tensor, bits: int) -> Tensor:
 
 
 def values(v: Tensor, bits: int) -> Tensor:
-    """[B, H, T, d]: groups of channels."""
-    return round_to_nearest(v.unflatten(-1, (-1, GROUP)), bits, -1).flatten(-2)
+    """[B, H, T, d]: groups of channels, of 16 where 32 do not fit."""
+    return round_to_nearest(v.unflatten(-1, (-1, math.gcd(v.shape[-1], GROUP))), bits, -1).flatten(-2)
 
 
 def codec(bits: int) -> Codec:
@@ -39,7 +41,7 @@ def codec(bits: int) -> Codec:
         return keys(x, bits) if side == "k" else values(x, bits)
 
     def size(d: int) -> float:
-        return 2 * (d * bits / 8 + d / GROUP * STEP_BYTES)
+        return 2 * d * bits / 8 + d / GROUP * STEP_BYTES + d / math.gcd(d, GROUP) * STEP_BYTES
 
     return Codec(f"KIVI-{bits}, arXiv 2402.02750", restore, size, recent=WINDOW, group=GROUP)
 

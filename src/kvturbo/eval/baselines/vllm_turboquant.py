@@ -19,6 +19,7 @@ from kvturbo.eval.hadamard import hadamard, inverse_hadamard, lloyd_max
 from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.simulated_cache import baseline
 
+LARGEST = 448.0
 PRESETS = {"k8v4": (8, 4), "4bit_nc": (4, 4), "k3v4_nc": (3, 4), "3bit_nc": (3, 3)}
 """Bits of a key and of a value."""
 
@@ -26,7 +27,7 @@ PRESETS = {"k8v4": (8, 4), "4bit_nc": (4, 4), "k3v4_nc": (3, 4), "3bit_nc": (3, 
 def keys(k: Tensor, bits: int) -> Tensor:
     """[..., d] fp32 -> what reading gives back."""
     if bits == 8:
-        return k.to(torch.float8_e4m3fn).to(k.dtype)
+        return k.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(k.dtype)
     norm = k.norm(dim=-1, keepdim=True)
     unit = hadamard(k / norm.clamp(min=1e-12))
     levels = lloyd_max(unit * k.shape[-1] ** 0.5, bits)
