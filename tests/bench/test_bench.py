@@ -13,7 +13,8 @@ from kvturbo.bench import report
 from kvturbo.bench.decode import CASES, Runner, run
 from kvturbo.bench.registry import PROVIDERS, Case
 
-KEYS = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "rel_err", "gb_per_s"}
+SHAPE = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "page_size"}
+KEYS = SHAPE | {"rel_err", "gb_per_s"}
 
 
 def test_providers_are_the_columns_of_the_results() -> None:

@@ -18,7 +18,6 @@ from kvturbo.layout import PageLayout
 from kvturbo.ops import backends, decode
 from kvturbo.quantizer import dequantize
 
-PAGE_SIZE = 16
 MAX_ERROR = 1e-3
 """Relative L2 of an fp32 output; a row beyond it is not a result."""
 
@@ -33,6 +32,11 @@ CASES: dict[str, list[Case]] = {
     "head-dims": [Case(32, 32768, 8, 8, 64), Case(32, 32768, 2, 8, 256)],
     "group-1": [Case(8, 32768, 32, 1)],
     "q-lens": [Case(32, 32768, q_len=q_len) for q_len in (2, 4)],
+    "pages": [
+        Case(*shape, page_size=size)
+        for shape in ((1, 32768), (32, 32768), (32, 32768, 4, 8), (128, 4096))
+        for size in (16, 64)
+    ],
     "formats": [
         Case(32, 32768, format=name)
         for name in ("k4v3", "k4v2", "k3v3", "k3v2", "k2v2", "k8v4", "lite4", "k4v4-o16", "k4v4-o32")
@@ -46,7 +50,7 @@ class Inputs:
     def __init__(self, case: Case) -> None:
         self.case, self.scale = case, case.head_dim**-0.5
         self.fmt = KVFormat.from_name(case.format, case.head_dim)
-        self.layout = PageLayout.of(self.fmt, PAGE_SIZE)
+        self.layout = PageLayout.of(self.fmt, case.page_size)
         torch.manual_seed(0)
         self.lengths = case.lengths()
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
@@ -56,12 +60,12 @@ class Inputs:
 
     @cached_property
     def pages(self) -> Tensor:
-        shape = (self.num_pages(PAGE_SIZE), self.case.kv_heads, self.layout.page_bytes)
+        shape = (self.num_pages(), self.case.kv_heads, self.layout.page_bytes)
         pages = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
         for plane in self.layout.planes.values():
             if plane.width == 16:
                 size = 0.02 if plane.name == "k.outlier_scale" or self.fmt.side(plane.side).parts[0].bits == 8 else 0.8
-                scales = (torch.rand(*shape[:2], PAGE_SIZE, device="cuda") + 0.5) * size
+                scales = (torch.rand(*shape[:2], self.case.page_size, device="cuda") + 0.5) * size
                 pages[..., plane.offset : plane.end] = scales.half().view(torch.uint8)
         return pages
 
@@ -72,22 +76,19 @@ class Inputs:
             return None
         return torch.stack([torch.randperm(self.fmt.head_dim, device="cuda")[:count] for _ in range(heads)])
 
-    def num_pages(self, page_size: int) -> int:
+    def num_pages(self) -> int:
         """Pages of all sequences."""
-        return sum(-(-length // page_size) for length in self.lengths)
+        return sum(-(-length // self.case.page_size) for length in self.lengths)
 
-    def table_of(self, page_size: int) -> Tensor:
+    @cached_property
+    def table(self) -> Tensor:
         """A block table in random order: [batch, most pages] int32."""
-        counts = [-(-length // page_size) for length in self.lengths]
+        counts = [-(-length // self.case.page_size) for length in self.lengths]
         order = torch.randperm(sum(counts), device="cuda").int()
         table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device="cuda")
         for b, ids in enumerate(order.split(counts)):
             table[b, : len(ids)] = ids
         return table
-
-    @cached_property
-    def table(self) -> Tensor:
-        return self.table_of(PAGE_SIZE)
 
     def schedule(self, backend: str, out_dtype: torch.dtype = torch.bfloat16) -> Any:
         """The step's schedule for a backend and outputs of a dtype, or None where it has none to be made beforehand."""
@@ -109,7 +110,7 @@ class Inputs:
 
     def _error_of(self, out: Tensor, b: int, head: int) -> float:
         n, group, length = self.case.q_len, self.case.group, self.lengths[b]
-        block = self.pages[self.table[b, : -(-length // PAGE_SIZE)].long(), head]
+        block = self.pages[self.table[b, : -(-length // self.case.page_size)].long(), head]
         channels = None if self.channels is None else self.channels[head]
         k, v = (
             dequantize(self.layout.read(block, side), self.fmt, side, channels).flatten(0, 1)[:length].double()

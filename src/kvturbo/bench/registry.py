@@ -6,7 +6,7 @@ A *provider* turns a case into a call that does one layer's decode attention, 16
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ class Case:
         q_len: new tokens of each sequence.
         format: name of kvturbo's format; other providers do not look at it.
         ragged: lengths log-uniform from `SHORTEST` to context instead of all equal.
+        page_size: tokens per page, for every provider.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Case:
     q_len: int = 1
     format: str = "k4v4"
     ragged: bool = False
+    page_size: int = 32
 
     SHORTEST = 128
 
@@ -55,7 +57,7 @@ class Case:
 
     def baseline(self) -> Case:
         """The same shape in the default format: what other providers depend on."""
-        return Case(self.batch, self.context, self.kv_heads, self.group, self.head_dim, self.q_len, ragged=self.ragged)
+        return replace(self, format=Case.format)
 
 
 @dataclass(frozen=True)

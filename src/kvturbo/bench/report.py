@@ -47,14 +47,18 @@ def write(path: Path, rows: Sequence[dict[str, Any]], commit_name: str, **facts:
 def decode_table(rows: Sequence[dict[str, Any]], providers: Sequence[str]) -> str:
     """Times in microseconds, and kvturbo's speed over every other provider."""
     others = [name for name in providers if name != "kvturbo" and any(row.get(f"{name}_us") for row in rows)]
-    header = ["batch", "context", "kv", "group", "d", "q", "format", *others, "kvturbo"]
+    header = ["batch", "context", "kv", "group", "d", "q", "page", "format", *others, "kvturbo"]
     header += [f"/{name}" for name in others] + ["error", "GB/s"]
     return table(header, [_cells(row, others) for row in rows])
 
 
 def _cells(row: dict[str, Any], others: Sequence[str]) -> list[str]:
     context = f"<={row['context']}" if row["ragged"] else str(row["context"])
-    shape = [str(row["batch"]), context, *(str(row[key]) for key in ("kv_heads", "group", "head_dim", "q_len"))]
+    shape = [
+        str(row["batch"]),
+        context,
+        *(str(row[key]) for key in ("kv_heads", "group", "head_dim", "q_len", "page_size")),
+    ]
     ours = row.get("kvturbo_us")
     times = [row.get(f"{name}_us") for name in [*others, "kvturbo"]]
     ratios = [f"{time / ours:.2f}" if time and ours else "-" for time in times[:-1]]

@@ -1,4 +1,4 @@
-"""FlashAttention-3 over a 16-bit or fp8 paged cache, as vLLM ships it, page size 16, scheduler metadata made beforehand."""
+"""FlashAttention-3 over a 16-bit or fp8 paged cache, as vLLM ships it, scheduler metadata made beforehand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 
 from kvturbo.bench.decode import Inputs
 from kvturbo.bench.registry import PROVIDERS, Call, MissingError, Provider
-
-PAGE_SIZE = 16
 
 
 def prepare(inputs: Inputs, dtype: torch.dtype) -> Call:
@@ -18,7 +16,7 @@ def prepare(inputs: Inputs, dtype: torch.dtype) -> Call:
         raise MissingError(f"vLLM's FlashAttention-3 is not installed: {error}") from error
     case, device = inputs.case, inputs.q.device
     q_heads = case.kv_heads * case.group
-    shape = (inputs.num_pages(PAGE_SIZE), PAGE_SIZE, case.kv_heads, case.head_dim)
+    shape = (inputs.num_pages(), case.page_size, case.kv_heads, case.head_dim)
     k, v = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_().to(dtype) for _ in range(2))
     q, out = inputs.q.to(dtype), torch.empty_like(inputs.q)
     starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.q_len
@@ -27,9 +25,9 @@ def prepare(inputs: Inputs, dtype: torch.dtype) -> Call:
     longest = max(case.lengths())
     metadata = get_scheduler_metadata(
         case.batch, case.q_len, longest, q_heads, case.kv_heads, case.head_dim, inputs.seq_lens, qkv_dtype=dtype,
-        cu_seqlens_q=starts, page_size=PAGE_SIZE, causal=True, num_splits=0,
+        cu_seqlens_q=starts, page_size=case.page_size, causal=True, num_splits=0,
     )  # fmt: skip
-    table = inputs.table_of(PAGE_SIZE)
+    table = inputs.table
     return lambda: flash_attn_varlen_func(
         q, k, v, max_seqlen_q=case.q_len, cu_seqlens_q=starts, max_seqlen_k=longest, seqused_k=inputs.seq_lens,
         softmax_scale=inputs.scale, causal=True, block_table=table, out=out, scheduler_metadata=metadata,

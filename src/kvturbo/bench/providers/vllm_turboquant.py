@@ -1,4 +1,4 @@
-"""vLLM's stock TurboQuant decode, `turboquant_4bit_nc`: 4-bit keys and values, page size 16."""
+"""vLLM's stock TurboQuant decode, `turboquant_4bit_nc`: 4-bit keys and values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from kvturbo.bench.decode import Inputs
 from kvturbo.bench.registry import PROVIDERS, Call, MissingError, Provider
 
-PAGE_SIZE = 16
 MAX_SPLITS = 32
 
 
@@ -24,7 +23,7 @@ def prepare(inputs: Inputs) -> Call:
     if case.q_len > 1:
         raise MissingError("its decode takes one query per sequence")
     key_bytes = d // 2 + 2
-    shape = (inputs.num_pages(PAGE_SIZE), PAGE_SIZE, case.kv_heads, key_bytes + d // 2 + 4)
+    shape = (inputs.num_pages(), case.page_size, case.kv_heads, key_bytes + d // 2 + 4)
     cache = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
     one = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8).to(device)
     for start in (key_bytes - 2, key_bytes + d // 2, key_bytes + d // 2 + 2):  # key norm, value scale, value zero
@@ -32,7 +31,7 @@ def prepare(inputs: Inputs) -> Call:
     hadamard, centroids = _build_hadamard(d, "cuda"), get_centroids(d, 4).to(device).float()
     partial = torch.empty(case.batch, q_heads, MAX_SPLITS, d + 1, device=device)
     out, lse = torch.empty_like(inputs.q), torch.empty(case.batch, q_heads, device=device)
-    table = inputs.table_of(PAGE_SIZE)
+    table = inputs.table
     return lambda: triton_turboquant_decode_attention(
         query=inputs.q, kv_cache=cache, block_table=table, seq_lens=inputs.seq_lens, Pi=hadamard, centroids=centroids,
         scale=inputs.scale, mse_bits=4, key_packed_size=key_bytes, value_quant_bits=4, norm_correction=True, PiT=hadamard,

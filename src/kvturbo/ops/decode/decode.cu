@@ -155,28 +155,33 @@ DEV float half_at(const u8* at) {
 
 // ---- copies ------------------------------------------------------------------------------------------------------------------------
 
-// NB stages for all warps. Step i of the CTA's life lies in stage i % NB; the warp that has read a step refills its stage with the step
-// NB later, whosever that is.
+// NB stages for all warps. Step i of the CTA's life lies in stage i % NB, which then is used the (i / NB)th time; the warp that has read
+// a step refills its stage with the step NB later, whosever that is. A barrier tells apart only its present phase and the one before,
+// so a warp that waits for another's refill first waits for its number in `filled`.
 struct Ring {
+  static constexpr bool OWNED = NB % NW == 0;  // a warp refills its own stages only
   u32 bar0, base0;  // shared addresses of the barriers and stages
   u8* base;
-  int stage, phase;  // of this warp's next step
-  DEV void init(u8* smem, u64* bars) {
+  volatile int* filled;
+  int stage, use;   // of this warp's next step
+  DEV void init(u8* smem, u64* bars, int* filled_) {
     base = smem;
+    filled = filled_;
     bar0 = (u32)__cvta_generic_to_shared(bars);
     base0 = (u32)__cvta_generic_to_shared(base);
+    if (!OWNED && threadIdx.x < NB) filled[threadIdx.x] = -1;
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x < NB) asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(bar0 + threadIdx.x * 8));
     asm volatile("fence.mbarrier_init.release.cluster;");
     __syncthreads();
 #endif
   }
-  DEV void seek(int i) { stage = i % NB; phase = i / NB & 1; }
-  DEV void advance() { stage += NW; if (stage >= NB) { stage -= NB; phase ^= 1; } }
+  DEV void seek(int i) { stage = i % NB; use = i / NB; }
+  DEV void advance() { stage += NW; if (stage >= NB) { stage -= NB; use++; } }
   DEV const u8* data() const { return base + stage * STAGE; }
 #if __CUDA_ARCH__ >= 900
-  // Copies `count` pages; lane i knows the id of page i.
-  DEV void issue(int into, const u8* pages, u32 block_stride, u32 id, int count) const {
+  // Copies `count` pages for a stage's use number `n`; lane i knows the id of page i.
+  DEV void issue(int into, int n, const u8* pages, u32 block_stride, u32 id, int count) const {
     const u32 bar = bar0 + into * 8, to = base0 + into * STAGE;
     u32 ids[PAGES];
     UNROLL for (int i = 0; i < PAGES; i++) ids[i] = __shfl_sync(~0u, id, i);
@@ -186,15 +191,17 @@ struct Ring {
       if (i < count)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
                      ::"r"(to + i * STRIDE), "l"(pages + (u64)ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
+    if (!OWNED) filled[into] = n;
   }
   DEV void skip() const {}
   template <int> DEV void wait() const {
+    if (!OWNED) while (filled[stage] < use) {}
     asm volatile("{.reg .pred p; W%=: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @p bra.uni E%=; bra.uni W%=; E%=: }"
-                 ::"r"(bar0 + stage * 8), "r"(phase) : "memory");
+                 ::"r"(bar0 + stage * 8), "r"(use & 1) : "memory");
   }
 #else
-  static_assert(NB % NW == 0, "a warp waits for its own copies only");
-  DEV void issue(int into, const u8* pages, u32 block_stride, u32 id, int count) const {
+  static_assert(OWNED, "a warp waits for its own copies only");
+  DEV void issue(int into, int, const u8* pages, u32 block_stride, u32 id, int count) const {
     for (int i = 0; i < PAGES; i++) {
       const u8* source = pages + (u64)__shfl_sync(~0u, id, i) * block_stride;
       if (i < count)
@@ -247,11 +254,15 @@ struct Piece {
     return step < s1 && lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0;
   }
   DEV void first_page_ids(int warp, int lane, int (&ids)[OWN]) const { UNROLL for (int i = 0; i < OWN; i++) ids[i] = page_id(s0 + warp + NW * i, lane); }
-  DEV void issue(const Ring& ring, const Params& p, int into, int step, int id) const {
-    if (step < s1) ring.issue(into, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); else ring.skip();
+  DEV void issue(const Ring& ring, const Params& p, int into, int n, int step, int id) const {
+    if (step < s1) ring.issue(into, n, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); else ring.skip();
   }
   DEV void issue_first(const Ring& ring, const Params& p, int warp, const int (&ids)[OWN]) const {
-    UNROLL for (int i = 0; i < OWN; i++) if (warp + NW * i < NB) issue(ring, p, (ring.stage + NW * i) % NB, s0 + warp + NW * i, ids[i]);
+    Ring to = ring;
+    UNROLL for (int i = 0; i < OWN; i++) {
+      if (warp + NW * i < NB) issue(ring, p, to.stage, to.use, s0 + warp + NW * i, ids[i]);
+      to.advance();
+    }
   }
 };
 
@@ -546,6 +557,7 @@ template <class F, class W> DEV void merge_row(int n, F value, W weight, float& 
 
 struct Shared {
   u64 bars[NB];
+  int filled[NB];
   float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
   int ticket;
 };
@@ -609,7 +621,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   auto chunk_start = [&](int c) { return c < ctas ? c * plan.x : large + (c - ctas) * plan.y; };
   auto chunk_of = [&](int step) { return step < large ? step / plan.x : ctas + (step - large) / plan.y; };
   Ring ring;
-  ring.init(smem, sh.bars);
+  ring.init(smem, sh.bars, sh.filled);
   u32 k_table[2], v_table[2];
   level_table<K_BITS>(k_table);
   level_table<V_BITS>(v_table);
@@ -661,7 +673,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
       if (!done) continue;
       __syncwarp();
-      now.issue(ring, p, ring.stage, step + NB, next_id);
+      now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next_id);
       next_id = now.page_id(step + NB + NW, lane);
       ring.advance();
       step += NW;
