@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvturbo.cli.eval import build_tasks
+from kvturbo.cli.eval import build_tasks, plot_rows
 from kvturbo.eval.registry import TASKS
 
 SMALL = ("--set", "text.texts=1", "--set", "text.prefix=64", "--set", "text.scored=16", "--set", "text.chunk=8")
@@ -53,6 +53,30 @@ def test_text_output_has_a_row_per_cache(evaluate) -> None:
     assert "kl_mean" in out and "k3v3" in out and "results.json" in out
 
 
+def test_a_plot_is_drawn_from_text_and_retrieval(evaluate, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'kvturbo[eval]'")
+    setting = ("--set", "retrieval.setting=multikey-1k", "--set", "retrieval.prompts=1")
+    plot = tmp_path / "plot.png"
+    arguments = (
+        "--tasks",
+        "text",
+        "retrieval",
+        "--formats",
+        "16bit",
+        "kivi2",
+        *SMALL,
+        *setting,
+        "--plot",
+        plot,
+        "--json",
+    )
+    ran = evaluate(*arguments)
+    assert ran.code == 0 and plot.read_bytes().startswith(b"\x89PNG")
+    rows = {row["format"]: row for row in plot_rows(ran.data)}
+    assert rows["kivi2"]["retrieval"]["multikey-1k"]["questions"] == 8
+    assert rows["kivi2"]["bytes_per_token"] == ran.data["tasks"]["text"]["caches"]["kivi2"]["bytes_per_token"]
+
+
 def test_tasks_are_listed_with_their_options(kvturbo) -> None:
     assert kvturbo("eval", "--list", "--json").data["text"]["chunk"] == 64
     assert "--set text.chunk=64" in kvturbo("eval", "--list").out
@@ -77,6 +101,7 @@ def test_options_are_converted_to_the_type_of_their_default() -> None:
         (("--set", "text.prefix=9000"), ("context of 8192", "10024")),
         (("--text", "/no/such/text"), ("/no/such/text",)),
         (("--sink", "-1"), ("sink", "-1")),
+        (("--tasks", "text", "--plot", "p.png"), ("--plot needs the tasks text and retrieval", "missing: retrieval")),
     ],
 )
 def test_bad_input_ends_with_2_before_anything_is_written(

@@ -1,7 +1,8 @@
 """Measure a model with several caches: divergence, perplexity, retrieval.
 
 Results go to a JSON file that is rewritten after every prompt. Run the same command again to continue an interrupted run,
-or with more formats or tasks to add to it. An option of a task is set with --set TASK.OPTION=VALUE.
+or with more formats or tasks to add to it. An option of a task is set with --set TASK.OPTION=VALUE. Formats of other
+projects, such as vllm-4bit_nc or kivi2, are simulated: their bytes are what they would take.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from kvturbo.cli.errors import bad_input
 from kvturbo.cli.output import print_json
 from kvturbo.eval.report import table
 
+PLOTTED = ("text", "retrieval")
 FORMATS = ("16bit", "k4v4", "k4v2", "k2v2")
 
 
@@ -33,6 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list tasks with their options and defaults, and stop")
     parser.add_argument("--text", type=Path, metavar="PATH", help="the text to score (default: the held-out text)")
     parser.add_argument("--out", type=Path, default=Path("kvturbo-eval.json"), help="default: kvturbo-eval.json")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw divergence and retrieval against bytes per token"
+    )
     common.add_window_options(parser)
 
 
@@ -41,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments.json)
     with bad_input():
         tasks = build_tasks(arguments.tasks, arguments.set)
+        if arguments.plot is not None:
+            _check_plot(tasks)
     from kvturbo.eval.caches import CacheSpec, check_name
+    from kvturbo.eval.plot import tradeoff
     from kvturbo.eval.runner import Evaluation
 
     with bad_input():
@@ -55,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
             spec.new(loaded)
         evaluation = Evaluation(loaded, tasks, specs, arguments.out)
     results = common.run_evaluation(evaluation)
+    if arguments.plot is not None:
+        tradeoff(plot_rows(results), arguments.plot, f"{loaded.name}, {loaded.device.type}")
     if arguments.json:
         print_json(results)
     else:
@@ -79,6 +90,24 @@ def build_tasks(names: list[str] | None, settings: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set {setting}: task must be one of {', '.join(options)}")
         options[task][option] = _convert(TASKS.get(task), option, value, setting)
     return {name: TASKS.get(name)(**options[name]) for name in chosen}
+
+
+def plot_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `kvturbo.eval.plot.tradeoff` draws, from the tasks `text` and `retrieval`."""
+    text, retrieval = (results["tasks"][name] for name in PLOTTED)
+    setting = retrieval["options"]["setting"]
+    return [
+        {"format": name, "bytes_per_token": figures["bytes_per_token"], "kl_mean": figures["kl_mean"]}
+        | {"retrieval": {setting: retrieval["caches"][name]}}
+        for name, figures in text["caches"].items()
+    ]
+
+
+def _check_plot(tasks: dict[str, Any]) -> None:
+    missing = [name for name in PLOTTED if name not in tasks]
+    if missing:
+        raise ValueError(f"--plot needs the tasks {' and '.join(PLOTTED)}, missing: {', '.join(missing)}")
+    import_module("matplotlib")
 
 
 def _parse(setting: str) -> tuple[str, str, str]:
