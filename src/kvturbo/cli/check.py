@@ -179,8 +179,8 @@ def _one_format(moments: dict[int, LayerMoments], base: str, limit: float) -> di
             for own in kept
         )
         choices.append((saved, name, skipped))
-    _, name, skipped = max(choices, key=lambda choice: choice[0])
-    return {"format": name, "sixteen_bit_layers": skipped}
+    saved, name, skipped = max(choices, key=lambda choice: choice[0])
+    return {"format": name if saved else SIXTEEN_BIT, "sixteen_bit_layers": skipped if saved else list(moments)}
 
 
 def _advice(layers: list[dict[str, Any]], limit: float) -> str:
@@ -207,14 +207,15 @@ def _text(result: dict[str, Any]) -> str:
     ]
     ratio = result["sixteen_bit_bytes"] / result["cache_bytes"]
     one = result["one_format"]
-    skipped = f", layers {one['sixteen_bit_layers']} in 16 bits" if one["sixteen_bit_layers"] else ""
+    skipped = one["sixteen_bit_layers"] if one["format"] != SIXTEEN_BIT else []
+    rest = f", layers {skipped} in 16 bits" if skipped else ""
     blocks = [
         f"{result['model']}, from {result['source']}",
         table(HEADER, rows),
         LEGEND.format(limit=result["limit"]),
         f"A cache of {result['context']:,} tokens takes {size(result['cache_bytes'])}, {result['bits_per_element']:.2f} bits per "
         f"element; 16 bits take {size(result['sixteen_bit_bytes'])} ({ratio:.2f}x)\n"
-        f"One format for all layers, as in vLLM: {one['format']}{skipped}",
+        f"One format for all layers, as in vLLM: {one['format']}{rest}",
     ]
     advice = result["advice"]
     return "\n\n".join([*blocks, advice[0].upper() + advice[1:] + "."] if advice else blocks)

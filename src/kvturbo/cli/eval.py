@@ -29,6 +29,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help=f"default: {' '.join(FORMATS)}"
     )
+    parser.add_argument(
+        "--plans",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="plans of kvturbo check or plan, measured as well",
+    )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all; --list shows them")
     parser.add_argument(
         "--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="may be given several times"
@@ -50,15 +58,17 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             _check_plot(tasks)
     from kvturbo.eval.caches import CacheSpec, check_name
+    from kvturbo.eval.planning import PlanSpec
     from kvturbo.eval.plot import tradeoff
     from kvturbo.eval.runner import Evaluation
 
     with bad_input():
         names = dict.fromkeys(check_name(name) for name in arguments.formats)
+        plans = [PlanSpec.read(path, arguments.recent, arguments.sink) for path in arguments.plans]
     if arguments.text is not None:
         common.read_text(arguments.text)
     loaded = common.load(arguments, arguments.text)
-    specs = [CacheSpec(name, arguments.recent, arguments.sink) for name in names]
+    specs = [*(CacheSpec(name, arguments.recent, arguments.sink) for name in names), *plans]
     with bad_input():
         for spec in specs:
             spec.new(loaded)

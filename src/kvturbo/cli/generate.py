@@ -16,6 +16,7 @@ from kvturbo.cli.output import print_json
 from kvturbo.eval.report import size
 
 if TYPE_CHECKING:
+    from kvturbo.eval.caches import CacheSpec
     from kvturbo.eval.model import LoadedModel
 
 
@@ -23,6 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
     parser.add_argument(
         "--format", default="k4v4", help="a format's name, or 16bit for the stock cache (default: k4v4)"
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="PATH", help="a plan of kvturbo check or plan, instead of --format"
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
@@ -42,10 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     from kvturbo.eval.generation import generate
 
     with bad_input():
-        check_name(arguments.format)
+        spec = _spec(arguments, check_name(arguments.format))
     loaded = common.load(arguments)
     ids = _prompt_ids(loaded, prompt, arguments.max_new_tokens)
-    cache = _cache(loaded, arguments)
+    with bad_input():
+        cache = spec.new(loaded)
     done = generate(
         loaded,
         cache,
@@ -55,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         write=None if arguments.json else _write,
     )
-    result = {"model": loaded.name, "format": arguments.format, "prompt": prompt, **done.facts()}
+    result = {"model": loaded.name, "format": spec.name, "prompt": prompt, **done.facts()}
     if arguments.json:
         print_json(result)
     else:
@@ -98,11 +103,13 @@ def _prompt_ids(loaded: LoadedModel, prompt: str, new_tokens: int) -> Any:
     return ids
 
 
-def _cache(loaded: LoadedModel, arguments: argparse.Namespace) -> Any:
+def _spec(arguments: argparse.Namespace, name: str) -> CacheSpec:
     from kvturbo.eval.caches import CacheSpec
+    from kvturbo.eval.planning import PlanSpec
 
-    with bad_input():
-        return CacheSpec(arguments.format, arguments.recent, arguments.sink).new(loaded)
+    if arguments.plan is not None:
+        return PlanSpec.read(arguments.plan, arguments.recent, arguments.sink)
+    return CacheSpec(name, arguments.recent, arguments.sink)
 
 
 def _write(text: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import kvturbo
 from kvturbo.cli.errors import CommandFailed, UsageError
 
-COMMANDS = ("generate", "info", "check", "doctor", "demo", "eval")
+COMMANDS = ("generate", "info", "check", "plan", "doctor", "demo", "eval")
 _EXTRAS = {"transformers": "hf", "tokenizers": "hf", "matplotlib": "eval"}
 
 
