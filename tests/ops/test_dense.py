@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvturbo.ops import dense
-from kvturbo.ops.dense import attend, causal_mask, merge
+from kvturbo.ops.dense import attend, attend_flash, causal_mask, merge
 from support import attention_oracle, relative_error
 
 
@@ -97,3 +97,21 @@ def test_a_merge_keeps_a_nan_whose_weight_underflows_and_drops_one_that_nobody_s
 def test_causal_mask_says_who_sees_what() -> None:
     mask = causal_mask(3, 2, 8, 4, window=3, seq_start=3)  # queries at 4, 5, 6; keys at 2..7
     assert mask.int().tolist() == [[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n,m,group,d", [(1, 1, 1, 64), (37, 500, 4, 128), (129, 129, 7, 80), (16, 8192, 2, 256)])
+def test_flash_attention_is_dense_attention(n: int, m: int, group: int, d: int, causal: bool) -> None:
+    n, m = (max(n, m),) * 2 if causal else (n, m)
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v = (
+        torch.randn(rows, heads, d, generator=generator, device="cuda").bfloat16()
+        for rows, heads in ((n, 2 * group), (m, 2), (m, 2))
+    )
+    mask = torch.ones(n, m, dtype=torch.bool, device="cuda")
+    wanted = attend(q, k, v, scale=d**-0.5, mask=mask.tril() if causal else mask)
+    got = attend_flash(q, k, v, scale=d**-0.5, causal=causal)
+    assert got[0].dtype == got[1].dtype == torch.float32
+    assert (got[0] - wanted[0]).norm() <= 8e-3 * wanted[0].norm()
+    assert (got[1] - wanted[1]).abs().max() <= 1e-2

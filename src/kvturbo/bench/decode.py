@@ -42,6 +42,7 @@ CASES: dict[str, list[Case]] = {
         for name in ("k4v3", "k4v2", "k3v3", "k3v2", "k2v2", "k8v4", "lite4", "k4v4-o16", "k4v4-o32")
     ],
 }
+"""By name, in the order of the table."""
 
 
 class Inputs:
@@ -161,7 +162,7 @@ class Runner:
         """
         inputs = Inputs(case)
         times = {name: self._time(name, inputs) for name in self.providers}
-        errors = [inputs.error(b) for b in self._checked()]
+        errors = [inputs.error(backend) for backend in self._checked(times)]
         if errors and not max(errors) <= MAX_ERROR:
             raise RuntimeError(f"relative error {max(errors):.1e} is above {MAX_ERROR:.0e} in {case}")
         ours = times.get("kvturbo") or times.get("kvturbo_triton")
@@ -169,9 +170,9 @@ class Runner:
         row = asdict(case) | {f"{name}_us": value for name, value in times.items()}
         return row | {"rel_err": max(errors, default=None), "gb_per_s": read / ours / 1e3 if ours else None}
 
-    def _checked(self) -> list[str]:
+    def _checked(self, times: dict[str, float | None]) -> list[str]:
         names = {"kvturbo": "auto", "kvturbo_triton": "triton"}
-        return [names[name] for name in self.providers if name in names and name not in self.skipped]
+        return [backend for name, backend in names.items() if times.get(name)]
 
     def _skip(self, name: str, reason: str) -> None:
         reasons = self.skipped.setdefault(name, [])
@@ -181,6 +182,8 @@ class Runner:
 
     def _time(self, name: str, inputs: Inputs) -> float | None:
         provider = PROVIDERS.get(name)
+        if not provider.every_format and inputs.case.format != Case.format:
+            return None
         key = (name, inputs.case if provider.packed else inputs.case.baseline())
         if key not in self._known:
             self._known[key] = self._measured(name, inputs)

@@ -67,10 +67,12 @@ class Provider:
     Attributes:
         prepare: (inputs) -> a call; raises `MissingError` where it can't.
         packed: whether it reads kvturbo's pages, so that its result can be checked.
+        every_format: whether it is timed for other formats than the default, which compiles a kernel for each.
     """
 
     prepare: Callable[[Inputs], Call]
     packed: bool = False
+    every_format: bool = True
 
 
 PROVIDERS: Registry[Provider] = Registry("provider", "kvturbo.bench.providers")

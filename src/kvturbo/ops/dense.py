@@ -42,6 +42,32 @@ def attend(
     return torch.cat([out for out, _ in pieces]), torch.cat([lse for _, lse in pieces])
 
 
+def has_flash(q: Tensor) -> bool:
+    """Whether `attend_flash` takes such queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's flash attention on a GPU: every row sees every key, or, if causal, row i the keys up to i (n = m).
+
+    A NaN may reach rows that do not see it.
+
+    Args:
+        q: [n, num_q_heads, d] bf16 or fp16.
+        k, v: [m, num_kv_heads, d], num_q_heads a multiple of num_kv_heads.
+        scale: factor on the scores.
+        causal: see above.
+
+    Returns:
+        out [n, num_q_heads, d] fp32, rounded to q's dtype before, and lse [n, num_q_heads] fp32, natural logarithm.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    return out[0].transpose(0, 1).float(), lse[0].T
+
+
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, soft_cap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:

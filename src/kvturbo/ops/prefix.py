@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import checks
-from kvturbo.ops.dense import attend, causal_mask, first_seen, merge
+from kvturbo.ops.dense import attend, attend_flash, causal_mask, first_seen, has_flash, merge
 from kvturbo.ops.gather import gather
 from kvturbo.quantizer import has_rotated_form
 from kvturbo.rotation import rotate, unrotate
@@ -51,7 +51,8 @@ def prefix_attention(
         fmt, scale, seq_starts, window, soft_cap, sinks, outlier_channels, backend: as in decode; positions count from
             the sequence's first token, prefix included.
         q_lens: [B] int32, tokens in each chunk.
-        attend: dense attention with the signature of `kvturbo.ops.dense.attend`, such as an engine's flash attention.
+        attend: dense attention with the signature of `kvturbo.ops.dense.attend`, for what torch's flash attention can't do
+            (on a GPU, 16-bit queries without window, soft cap, sinks or padding go there).
 
     Returns:
         out [T, num_q_heads, d] in q's dtype and lse [T, num_q_heads] fp32 (fp64 for fp64 queries).
@@ -113,6 +114,9 @@ class _View:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        plain = self.dense is attend and self.window is None and self.soft_cap is None and sinks is None
+        if plain and self.seq_start <= start < stop and len(q) and has_flash(q):
+            return attend_flash(q, k, v, scale=self.scale, causal=start == self.prefix)
         mask = causal_mask(
             self.count, start, stop, self.prefix, window=self.window, seq_start=self.seq_start, device=q.device
         )
