@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,8 @@ CASES: dict[str, list[Case]] = {
     "group-1": [Case(8, 32768, 32, 1)],
     "q-lens": [Case(32, 32768, q_len=q_len) for q_len in (2, 4)],
     "pages": [
-        Case(*shape, page_size=size)
-        for shape in ((1, 32768), (32, 32768), (32, 32768, 4, 8), (128, 4096))
+        replace(case, page_size=size)
+        for case in (Case(1, 32768), Case(32, 32768), Case(32, 32768, 4, 8), Case(128, 4096))
         for size in (16, 64)
     ],
     "formats": [
