@@ -25,6 +25,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import vllm_models as models
+
 MODEL = ROOT / "models" / "kvturbo-12m"
 GAP = 0.1
 """A token may differ where the 16-bit model's two best logits are closer than this."""
@@ -262,20 +266,10 @@ def _random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict[str, 
     return [{"prompt_token_ids": [rng.randrange(10, vocabulary) for _ in range(tokens)]} for _ in range(count)]
 
 
-GEMMA = {
-    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 512, "intermediate_size": 1024,
-    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 1024,
-    "sliding_window": 256, "sliding_window_pattern": 3, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 128, "hidden_activation": "gelu_pytorch_tanh",
-    "rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "bfloat16", "bos_token_id": 2, "eos_token_id": 1,
-    "pad_token_id": 0, "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-}  # fmt: skip
-
-
 @check
 def sliding() -> str:
     """Sliding-window and full layers, random weights: the model runs, and the full layers alone are packed."""
-    options = {"model": _folder(GEMMA), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
+    options = {"model": _folder(models.SLIDING), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
     texts = _random_prompts(4, PROMPT_TOKENS, 1000)
     with engine("auto", **options) as llm:
         wanted, before = generate(llm, texts, 8), capacity(llm)
@@ -285,13 +279,46 @@ def sliding() -> str:
     return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"
 
 
-QWEN_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
-    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "hidden_act": "silu",
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 131072, "max_window_layers": 28,
-    "sliding_window": 131072, "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "bos_token_id": 151643, "eos_token_id": 151645,
-}  # fmt: skip
+@check
+def mamba() -> str:
+    """Mamba and attention layers in one pool, random weights."""
+    options = {"model": _folder(models.MAMBA), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
+    texts = _random_prompts(4, PROMPT_TOKENS, 1000)
+    with engine("auto", **options) as llm:
+        wanted, before = generate(llm, texts, 8), capacity(llm)
+    with engine(**options) as llm:
+        got, after = generate(llm, texts, 8), capacity(llm)
+    first = sum(a[0][0] == b[0][0] for a, b in zip(got, wanted, strict=True))
+    return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"
+
+
+@check
+def cpu_offload() -> str:
+    """Blocks go to the host's memory and come back: the second time the prompts are found there."""
+    few = {"num_gpu_blocks_override": 4 * PROMPT_TOKENS // 16 + 64, "max_model_len": 2048}
+    with engine(enable_prefix_caching=True, kv_offloading_size=1.0, max_num_batched_tokens=8192, **few) as llm:
+        first = generate(llm, prompts())
+        generate(llm, prompts(8)[4:])  # pushes the first ones out
+        return f"first {same_text(first, reference())}; again {same_text(generate(llm, prompts()), reference())}"
+
+
+@check
+def draft_model() -> str:
+    """The model drafts for itself, so all drafts should be taken; graphs on."""
+    config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8, 16, 32]}
+    draft = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 3}
+    with engine(enforce_eager=False, compilation_config=config, speculative_config=draft) as llm:
+        return same_text(generate(llm, prompts()), reference())
+
+
+@check
+def tensor_parallel() -> str:
+    """Two GPUs, one process each: every rank has half of the heads."""
+    import torch
+
+    assert torch.cuda.device_count() > 1, "needs two GPUs"
+    with engine("kvturbo_k4v4-o16", tensor_parallel_size=2, max_num_batched_tokens=CHUNK) as llm:
+        return same_text(generate(llm, prompts()), reference())
 
 
 @check
@@ -301,7 +328,7 @@ def speed() -> str:
 
     config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8]}
     options = {
-        "model": _folder(QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8, "enforce_eager": False,
+        "model": _folder(models.QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8, "enforce_eager": False,
         "gpu_memory_utilization": 0.6, "compilation_config": config,
     }  # fmt: skip
     texts, lines = _random_prompts(8, 8192, 150000), []

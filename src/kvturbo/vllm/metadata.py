@@ -98,7 +98,8 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
     plan before every replay.
 
     Raises:
-        ValueError: more speculative tokens than the decode kernel takes, where the host does not know the lengths exactly.
+        ValueError: the engine would pad pages until nothing is saved, or there are more speculative tokens than the decode kernel
+            takes, where the host does not know the lengths exactly.
     """
 
     supports_draft_decode_metadata_update = True
@@ -106,6 +107,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        _check_padding(kv_cache_spec)
         self.reorder_batch_threshold: int | None
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         drafting = vllm_config.speculative_config is not None
@@ -200,6 +202,16 @@ def _spans(sequence: int, row: int, count: int, prefix: int) -> list[tuple[int, 
         for a in range(row, row + count, ROWS_AT_ONCE)
         for begin in range(0, prefix, PIECE_TOKENS)
     ]  # fmt: skip
+
+
+def _check_padding(spec: Any) -> None:
+    """The engine pads packed pages to those of 16-bit layers in their pool, where these are no multiple of a packed page."""
+    padded = spec.page_size_padded
+    if padded is not None and padded > 1.25 * spec.unpadded_page_size_bytes:
+        raise ValueError(
+            f"kvturbo: blocks of {spec.unpadded_page_size_bytes} bytes would be padded to {padded}, those of 16-bit layers; leave "
+            "--kv-cache-dtype-skip-layers out (sliding-window layers are kept in 16 bits without it), or use --kv-cache-dtype auto"
+        )
 
 
 def _check_long_drafts(vllm_config: Any) -> None:

@@ -73,8 +73,9 @@ def summary(layers: Iterable[Layer], workspace_bytes: int) -> str:
     growing = [layer for layer in layers if not layer.window]
     capacity = sum(layer.dense for layer in growing) / sum(layer.nbytes for layer in growing)
     return (
-        f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; {capacity:.2f} times the tokens of "
-        f"a 16-bit cache in the layers that grow with the context; workspace for prompts {workspace_bytes / 2**20:.0f} MiB ({PIECE_TOKENS} tokens at a time)"
+        f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; the layers that grow with the context "
+        f"hold {capacity:.2f} times the tokens of a 16-bit cache; prompts take {workspace_bytes / 2**20:.0f} MiB of workspace "
+        f"({PIECE_TOKENS} tokens of a prefix at a time)"
     )
 
 

@@ -67,6 +67,10 @@ def set_up() -> None:
             return 140 << 30
 
         @classmethod
+        def current_device(cls) -> torch.device:
+            return torch.device("meta")
+
+        @classmethod
         def num_compute_units(cls, device_id: int = 0) -> int:
             return 132
 

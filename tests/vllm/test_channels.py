@@ -1,0 +1,118 @@
+"""Outlier channels by layer name from a checkpoint, and the heads that a tensor-parallel rank has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvturbo import KVFormat
+from kvturbo.vllm import channels
+from kvturbo.vllm.channels import SPIKED_SHARE, Checkpoint, heads_of_rank, outlier_channels
+
+FMT = KVFormat.from_name("k4v4-o16", 128)
+LAYER = "model.layers.3.self_attn.attn"
+
+
+def _folder(path: Path, **tensors: torch.Tensor) -> Path:
+    save_file(
+        {f"model.layers.3.self_attn.{name}": x.contiguous() for name, x in tensors.items()}, path / "a.safetensors"
+    )
+    save_file({"visual.layers.3.self_attn.k_proj.weight": torch.ones(4, 4)}, path / "b.safetensors")
+    return path
+
+
+def _weights(heads: int = 4) -> torch.Tensor:
+    return torch.randn(heads * 128, 64, generator=torch.Generator().manual_seed(0)) / 8
+
+
+def _config(folder: Path, heads: int, ranks: int = 1, load_format: str = "auto") -> Any:
+    model = SimpleNamespace(
+        model=str(folder), revision=None, get_total_num_kv_heads=lambda: heads,
+        hf_text_config=SimpleNamespace(model_type="qwen2", rope_parameters={}),
+    )  # fmt: skip
+    load = SimpleNamespace(load_format=load_format, download_dir=None)
+    return SimpleNamespace(
+        model_config=model, load_config=load, parallel_config=SimpleNamespace(tensor_parallel_size=ranks)
+    )
+
+
+def _biased(heads: int = 4) -> tuple[torch.Tensor, list[list[int]]]:
+    """A bias on 8 RoPE pairs of every head, other ones in each, and these channels."""
+    bias, wanted = torch.zeros(heads, 128), []
+    for head in range(heads):
+        pairs = [5 * head + i for i in range(8)]
+        bias[head, [p + 64 for p in pairs]] = 50.0
+        wanted.append(sorted(pairs + [p + 64 for p in pairs]))
+    return bias.flatten(), wanted
+
+
+def test_a_constant_bias_decides(tmp_path: Path) -> None:
+    bias, wanted = _biased()
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias})
+    chosen = _chosen(folder, 4, 1, 0)
+    assert chosen.tolist() == wanted and chosen.dtype == torch.int64
+
+
+def _chosen(folder: Path, heads: int, ranks: int, rank: int) -> torch.Tensor:
+    count = max(1, heads // ranks)
+    original = channels.tensor_rank
+    channels.tensor_rank = lambda: rank
+    try:
+        return outlier_channels(LAYER, FMT, count, _config(folder, heads, ranks))
+    finally:
+        channels.tensor_rank = original
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_have_the_channels_of_their_own_heads(tmp_path: Path, ranks: int) -> None:
+    bias, wanted = _biased()
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias})
+    for rank in range(ranks):
+        heads = [rank * 4 // ranks] if ranks >= 4 else [2 * rank, 2 * rank + 1]
+        assert _chosen(folder, 4, ranks, rank).tolist() == [wanted[head] for head in heads]
+
+
+def test_heads_of_ranks_cover_all_heads_once_or_are_shared_evenly() -> None:
+    assert [h for rank in range(4) for h in heads_of_rank(8, 2, 4, rank)] == list(range(8))
+    assert [next(iter(heads_of_rank(2, 1, 8, rank))) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_norm_of_keys_hides_the_projection(tmp_path: Path) -> None:
+    gain = torch.ones(128)
+    gain[[7, 9]] = 20
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_norm.weight": gain})
+    chosen = _chosen(folder, 4, 1, 0)
+    assert all({7, 71, 9, 73} <= set(row) for row in chosen.tolist())
+
+
+def test_a_checkpoint_without_the_projection_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, **{"qkv_proj.weight": _weights()})
+    with pytest.raises(ValueError, match=r"no unquantised layers\.3\.self_attn\.k_proj\.weight of 4 heads"):
+        _chosen(folder, 4, 1, 0)
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no safetensors in"):
+        Checkpoint(tmp_path)
+
+
+def test_random_weights_get_any_valid_channels(tmp_path: Path) -> None:
+    chosen = outlier_channels(LAYER, FMT, 2, _config(tmp_path, 4, 2, "dummy"))
+    assert chosen.shape == (2, 16)
+    assert all(len(set(row)) == 16 and {c + 64 for c in row if c < 64} <= set(row) for row in chosen.tolist())
+
+
+def test_a_bias_shows_in_the_share_of_energy_and_white_keys_do_not(tmp_path: Path) -> None:
+    bias, _ = _biased()
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias})
+    weights = Checkpoint(folder).key_weights(LAYER, 4, 128, False)
+    assert weights.biased and weights.spiked_share() > SPIKED_SHARE
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    weights = Checkpoint(_folder(plain, **{"k_proj.weight": _weights()})).key_weights(LAYER, 4, 128, False)
+    assert not weights.biased and weights.spiked_share() < SPIKED_SHARE / 2

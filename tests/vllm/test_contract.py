@@ -1,0 +1,308 @@
+"""The plugin's contract with the real vLLM: model on the meta device, cache specs, layout, groups, tensors and their views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_models as models
+import vllm_standin
+from kvturbo import KVFormat
+from kvturbo.layout import PageLayout
+from kvturbo.vllm.formats import cache_dtypes, format_of
+
+pytestmark = pytest.mark.usefixtures("vllm_python")
+
+
+@dataclass
+class Planned:
+    """What vLLM makes of a model: its layers, their specs, the layout, the groups of the cache."""
+
+    config: Any
+    specs: dict[str, Any]
+    layout: Any
+    cache: Any
+
+    def backend(self, layer: str) -> type:
+        backend: type = self.config.compilation_config.static_forward_context[layer].get_attn_backend()
+        return backend
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """The tensors that layers get, as the worker makes them, on the CPU."""
+        from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs, create_kv_cache_views
+        from vllm.v1.worker.gpu.attn_utils import init_attn_backend
+
+        _, _, sizes = init_attn_backend(self.cache, self.config, torch.device("cpu"))
+        views = {}
+        for group, size in zip(self.cache.kv_cache_groups, sizes, strict=True):
+            for tensor in self.cache.kv_cache_tensors:
+                names = [name for name in tensor.layers if name in group.layer_names]
+                if names:
+                    spec = group.kv_cache_spec
+                    spec = spec.kv_cache_specs[names[0]] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+                    raw = torch.zeros(tensor.size, dtype=torch.int8)
+                    made = create_kv_cache_views(raw, spec, self.cache.num_blocks, self.layout, tensor, size)
+                    views |= {name: view for name, view in zip(tensor.layers, made, strict=True) if name in names}
+        return views
+
+
+def planned(model: dict[str, Any], cache_dtype: str = "turboquant", blocks: int = 6, **options: Any) -> Planned:
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+    from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_groups_from_builder
+    from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+
+    config = vllm_standin.config_of(model, cache_dtype, **options)
+    vllm_standin.build(config)
+    specs = get_kv_cache_spec(config)
+    layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(config))]
+    with set_current_vllm_config(config):
+        layout = resolve_kv_cache_layout(config, [layouts], list(specs.values()))
+        builder = get_kv_cache_config_builder(config)
+        groups = get_kv_cache_groups_from_builder(builder, config, specs)
+        return Planned(
+            config, specs, layout, builder.get_kv_cache_config_from_groups(config, groups, num_blocks=blocks)
+        )
+
+
+def packed_layers(plan: Planned) -> list[str]:
+    return [name for name in plan.specs if plan.backend(name).__name__.startswith("Packed_")]
+
+
+@pytest.mark.parametrize("cache_dtype", cache_dtypes())
+def test_every_cache_dtype_packs_all_layers_of_a_dense_model(cache_dtype: str) -> None:
+    plan = planned(models.DENSE, cache_dtype)
+    fmt = format_of(cache_dtype, 128)
+    assert packed_layers(plan) == list(plan.specs)
+    for name, spec in plan.specs.items():
+        assert plan.backend(name).cache_dtype == cache_dtype  # type: ignore[attr-defined]
+        assert spec.page_size_bytes == 2 * fmt.page_bytes(16), name
+
+
+def test_a_token_of_qwen_7b_takes_its_bytes_and_nothing_else() -> None:
+    plan = planned(models.QWEN_7B)
+    tensors = plan.cache.kv_cache_tensors
+    assert sum(tensor.size for tensor in {tensor.offset: tensor for tensor in tensors}.values()) == sum(
+        6 * spec.page_size_bytes for spec in plan.specs.values()
+    )
+    assert sum(spec.page_size_bytes / spec.block_size for spec in plan.specs.values()) == 28 * 4 * 132
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        (models.DENSE, {}),
+        (models.DENSE, {"block_size": 64}),
+        (models.DENSE, {"block_size": 128}),
+        (models.DENSE, {"kv_cache_dtype_skip_layers": ["0", "5"]}),
+        (models.SLIDING, {}),
+        (models.MAMBA, {}),
+    ],
+    ids=["dense", "block 64", "block 128", "skip layers", "sliding", "Mamba"],
+)
+def test_layers_get_whole_aligned_pages(
+    model: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvturbo.vllm.attention import PackedAttention
+
+    monkeypatch.setattr(PackedAttention, "backend", "reference")
+    plan = planned(model, **options)
+    views = plan.views()
+    fmt = KVFormat.from_name("k4v4", 128)
+    assert packed_layers(plan)
+    for name in packed_layers(plan):
+        impl = plan.config.compilation_config.static_forward_context[name].impl
+        pages = impl._pages(views[name])
+        assert PageLayout.page_size_of(fmt, pages.shape[2]) in (16, 32, 64)
+        assert pages.data_ptr() == views[name].data_ptr() and pages.stride(0) % 16 == 0
+        views[name].fill_(7)
+        assert (pages == 7).all(), "a page reaches beyond its layer's tensor"
+
+
+def test_pages_of_another_layout_are_refused_with_their_strides() -> None:
+    plan = planned(models.DENSE)
+    impl = plan.config.compilation_config.static_forward_context[next(iter(plan.specs))].impl
+    tokens_first = torch.zeros(6, 16, 2, 132, dtype=torch.uint8).transpose(1, 2)
+    with pytest.raises(ValueError, match="2 pages of 2112 bytes after one another.*strides"):
+        impl._pages(tokens_first)
+
+
+def test_skipped_layers_keep_16_bits_on_the_engines_backend() -> None:
+    plan = planned(models.DENSE, kv_cache_dtype_skip_layers=["0", "5"])
+    names = list(plan.specs)
+    assert packed_layers(plan) == names[1:5]
+    for name in (names[0], names[5]):
+        assert plan.backend(name).__name__ == "FlashAttentionBackend"
+        assert plan.specs[name].dtype == torch.bfloat16
+    total = sum(spec.page_size_bytes / spec.block_size for spec in plan.specs.values())
+    assert total == 4 * 2 * 132 + 2 * 2 * 512
+
+
+@pytest.mark.parametrize("cache_dtype", ["turboquant", "kvturbo_k2v2", "kvturbo_k4v4-o16"])
+def test_sliding_layers_keep_16_bits_and_the_pool_wastes_little(cache_dtype: str) -> None:
+    plan = planned(models.SLIDING, cache_dtype)
+    fmt = format_of(cache_dtype, 128)
+    full = packed_layers(plan)
+    assert [name.split(".")[2] for name in full] == ["2", "5"]
+    for name in set(plan.specs) - set(full):
+        spec = plan.specs[name]
+        assert spec.dtype == torch.bfloat16 and spec.sliding_window == 256
+        assert spec.page_size_bytes < 1.2 * 16 * 2 * 512
+        assert issubclass(plan.backend(name), _flash_backend())
+        impl = plan.config.compilation_config.static_forward_context[name].impl
+        assert impl.kv_cache_dtype == "auto"
+    for group in plan.cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if set(group.layer_names) <= set(full):
+            assert spec.page_size_padded is None, "a packed page is padded"
+            assert spec.page_size_bytes == spec.block_size * 2 * fmt.bytes_per_token
+
+
+def _flash_backend() -> type:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    backend: type = FlashAttentionBackend
+    return backend
+
+
+def test_mamba_layers_share_the_pool_and_attention_is_packed() -> None:
+    plan = planned(models.MAMBA)
+    assert len(packed_layers(plan)) == 2 and len(plan.specs) == 4
+    for name in packed_layers(plan):
+        spec = plan.specs[name]
+        assert spec.page_size_padded is None and spec.page_size_bytes == spec.block_size * 2 * 132
+
+
+@pytest.mark.parametrize(
+    "cache_dtype, backend, layout",
+    [("auto", "FlashAttentionBackend", "LBNHC"), ("fp8", "FlashAttentionBackend", "LBNHC"),
+     ("turboquant_4bit_nc", "TurboQuantAttentionBackend", "LBNHC"),
+     ("turboquant_k8v4", "TurboQuantAttentionBackend", "LBNHC")],
+)  # fmt: skip
+def test_stock_cache_dtypes_are_served_as_without_the_plugin(cache_dtype: str, backend: str, layout: str) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    plan = planned(models.DENSE, cache_dtype)
+    override = AttentionBackendEnum.TURBOQUANT.is_overridden()
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    AttentionBackendEnum.TURBOQUANT.clear_override()
+    _cached_get_attn_backend.cache_clear()
+    try:
+        without = planned(models.DENSE, cache_dtype)
+    finally:
+        from kvturbo.vllm.plugin import register
+
+        register()
+        _cached_get_attn_backend.cache_clear()
+    assert override
+    names = list(plan.specs)
+    assert [plan.backend(name) for name in names] == [without.backend(name) for name in names]
+    assert plan.specs == without.specs and plan.layout == without.layout
+    assert plan.cache.kv_cache_tensors == without.cache.kv_cache_tensors
+    assert plan.backend(names[3]).__name__ == backend and plan.layout.name == layout
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.config.cache import KV_CACHE_DTYPES
+
+    from kvturbo.vllm.plugin import register
+
+    before = list(KV_CACHE_DTYPES)
+    register()
+    assert before == KV_CACHE_DTYPES
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (models.DENSE | {"hidden_size": 192}, {}, "head_dim must be one of 64, .*got 48"),
+        (models.DENSE, {"dtype": "float32"}, "dtype torch.float32 is not supported; use --dtype bfloat16 or float16"),
+        (models.LATENT, {}, "use_mla=True.*kv_cache_dtype not supported"),
+    ],
+    ids=["head_dim", "fp32", "latent attention"],
+)
+def test_what_is_not_supported_is_refused_by_name(model: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    config = vllm_standin.config_of(model, **options)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        vllm_standin.build(config)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("use_dcp", "decode context parallelism.*use tensor parallelism"),
+        ("use_mm_prefix", "bidirectional attention inside a prompt"),
+        ("use_non_causal", "non-causal attention"),
+        ("use_batch_invariant", "VLLM_BATCH_INVARIANT"),
+        ("use_kv_connector", "KV connector None does not know packed pages; use one of OffloadingConnector"),
+    ],
+)
+def test_options_of_the_selection_are_refused_with_what_to_use(option: str, message: str) -> None:
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from kvturbo.vllm.backend import BACKENDS
+
+    selector = AttentionSelectorConfig(128, torch.bfloat16, "turboquant", None)._replace(**{option: True})
+    backend = BACKENDS["turboquant"]
+    reasons = backend.validate_configuration(device_capability=(9, 0), **selector._asdict())
+    assert len(reasons) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(reasons[0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi is not supported"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention is not supported"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "sharing the cache of model.layers.0"),
+        ({"chunk_lookback": 2}, "chunk_lookback is not supported"),
+    ],
+)
+def test_layers_that_ask_for_more_are_refused(options: dict[str, Any], message: str) -> None:
+    from vllm.config import set_current_vllm_config
+
+    from kvturbo.vllm.attention import PackedAttention
+
+    config = vllm_standin.config_of(models.DENSE)
+    with set_current_vllm_config(config), pytest.raises(NotImplementedError, match=message):
+        PackedAttention(4, 128, 0.1, 2, kv_cache_dtype="turboquant", **options)
+
+
+def test_padding_that_undoes_the_packing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvturbo.vllm.attention import PackedAttention
+
+    monkeypatch.setattr(PackedAttention, "backend", "reference")
+    plan = planned(models.SLIDING, kv_cache_dtype_skip_layers=["sliding_window"])
+    with pytest.raises(ValueError, match="would be padded to 16384.*leave --kv-cache-dtype-skip-layers out"):
+        plan.views()
+
+
+def test_long_drafts_with_asynchronous_scheduling_are_refused() -> None:
+    from types import SimpleNamespace
+
+    from kvturbo.vllm.metadata import _check_long_drafts
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=True),
+        speculative_config=SimpleNamespace(num_speculative_tokens=9, parallel_drafting=False),
+        use_v2_model_runner=True,
+    )
+    with pytest.raises(ValueError, match="num_speculative_tokens must be at most 7 .*got 9"):
+        _check_long_drafts(config)
+
+
+def test_the_line_at_the_start_names_what_is_packed() -> None:
+    from kvturbo.vllm.report import layers_of, summary
+
+    plan = planned(models.DENSE, kv_cache_dtype_skip_layers=["0", "5"])
+    line = summary(layers_of(plan.config), 64 << 20)
+    assert "k4v4 at head_dim 128, 132 bytes per token and KV head (512 in 16 bits)" in line
+    assert "4 of 6 attention layers packed, 16 bits: 0,5 (skipped by flag)" in line
+    assert f"hold {6 * 512 / (4 * 132 + 2 * 512):.2f} times the tokens" in line and "64 MiB" in line

@@ -1,0 +1,185 @@
+"""Whole steps of vLLM's metadata builder and attention on the CPU, with the reference backend: mixed batches of prompts, chunks and
+decoding, speculation and padding, against float64 attention over what the pages stand for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vllm_models as models
+import vllm_standin
+from support import attention_oracle, relative_error, through_codec
+from vllm_dense import flash, merge
+
+pytestmark = pytest.mark.usefixtures("vllm_python")
+
+SCALE = 128**-0.5
+BLOCKS, WIDTH = 80, 20
+BOUND = 4 * torch.finfo(torch.bfloat16).eps  # bf16 queries, partial results and outputs
+
+
+class Engine:
+    """One layer, its builder, a cache, and the history of three sequences."""
+
+    def __init__(self, cache_dtype: str = "turboquant", **options: Any) -> None:
+        from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
+
+        self.config = vllm_standin.config_of(models.DENSE, cache_dtype, **options)
+        vllm_standin.build(self.config)
+        specs = get_kv_cache_spec(self.config)
+        names = list(specs)
+        self.layer = self.config.compilation_config.static_forward_context[names[0]]
+        self.impl, spec = self.layer.impl, specs[names[0]]
+        self.impl.process_weights_after_loading(torch.bfloat16)
+        builder = self.layer.get_attn_backend().get_builder_cls()
+        self.builder = builder(spec, names, self.config, torch.device("cpu"))
+        self.cache = torch.full((BLOCKS, 2, 16, spec.state_content_size_bytes), 0xFF, dtype=torch.uint8)
+        self.table = torch.randperm(BLOCKS)[: 3 * WIDTH].view(3, WIDTH).int()
+        self.k, self.v = ([torch.zeros(0, 2, 128) for _ in range(3)] for _ in range(2))
+
+    def step(self, work: Sequence[tuple[int, int]], padding: int = 0) -> list[float]:
+        """Runs (sequence, new tokens) pairs, decoding ones first, and pads as for a CUDA graph; returns relative errors."""
+        counts = [count for _, count in work]
+        total = sum(counts)
+        q, k, v = (torch.randn(total + padding, heads, 128).bfloat16() for heads in (4, 2, 2))
+        slots = torch.cat([self._slots(sequence, count) for sequence, count in work] + [torch.full((padding,), -1)])
+        metadata = self.builder.build(0, self._common(work, slots, padding))
+        before = [len(self.k[sequence]) for sequence, _ in work]
+        self.impl.do_kv_cache_update(self.layer, k, v, self.cache, slots)
+        out = torch.full_like(q, torch.nan)
+        self.impl.forward(self.layer, q, k, v, self.cache, metadata, out)
+        errors, row = [], 0
+        for (sequence, count), length in zip(work, before, strict=True):
+            rows = slice(row, row + count)
+            self.k[sequence] = torch.cat((self.k[sequence], k[rows].float()))
+            self.v[sequence] = torch.cat((self.v[sequence], v[rows].float()))
+            raw = metadata.prompts is not None and row >= metadata.prompts.first
+            errors.append(relative_error(out[rows], self._wanted(q[rows], sequence, length, raw)))
+            row += count
+        return errors
+
+    def _slots(self, sequence: int, count: int) -> Tensor:
+        positions = torch.arange(len(self.k[sequence]), len(self.k[sequence]) + count)
+        return self.table[sequence].long()[positions // 16] * 16 + positions % 16
+
+    def _common(self, work: Sequence[tuple[int, int]], slots: Tensor, padding: int) -> Any:
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        counts = [count for _, count in work]
+        longest = max(counts)
+        extra = padding // longest  # padding requests have no tokens and no length
+        order = [sequence for sequence, _ in work]
+        starts = torch.tensor([0, *counts, *[0] * extra]).cumsum(0).int()
+        lens = torch.tensor([len(self.k[s]) + n for s, n in work] + [0] * extra, dtype=torch.int32)
+        table = torch.cat((self.table[order], torch.zeros(extra, WIDTH, dtype=torch.int32)))
+        return CommonAttentionMetadata(
+            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lens, num_reqs=len(lens),
+            num_actual_tokens=sum(counts) + padding, max_query_len=longest, max_seq_len=int(lens.max()),
+            block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=lens,
+        )  # fmt: skip
+
+    def _wanted(self, q: Tensor, sequence: int, before: int, raw: bool) -> Tensor:
+        sides = []
+        for side, x in (("k", self.k[sequence]), ("v", self.v[sequence])):
+            packed = through_codec(x, self.impl.fmt, side, self.impl._channels)  # type: ignore[arg-type]
+            sides.append(torch.cat((packed[:before], x[before:].double())) if raw else packed)
+        options = {"soft_cap": self.impl.soft_cap, "sinks": self.impl._sinks}
+        return attention_oracle(q, *sides, scale=SCALE, first=before, **options)[0]  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, vllm_python: None) -> None:
+    from kvturbo.vllm import attention, engine, metadata, prefill
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(engine, "flash_attention", lambda head_size, scale, cap: flash(scale, cap))
+    monkeypatch.setattr(engine, "merge", merge)
+    monkeypatch.setattr(attention.PackedAttention, "backend", "reference")
+    for module in (metadata, prefill):
+        monkeypatch.setattr(module, "PIECE_TOKENS", 48)
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 20)
+
+
+@pytest.mark.parametrize("cache_dtype", ["turboquant", "kvturbo_k4v4-o16", "kvturbo_k3v2", "kvturbo_lite4"])
+def test_prompts_chunks_and_decoding_in_one_batch(cache_dtype: str) -> None:
+    engine = Engine(cache_dtype)
+    errors = engine.step([(0, 30), (1, 70)])
+    errors += engine.step([(0, 1), (2, 33), (1, 50)])
+    errors += engine.step([(0, 1), (1, 1), (2, 1)])
+    errors += engine.step([(2, 1), (0, 100)])
+    assert max(errors) < BOUND, errors
+
+
+@pytest.mark.parametrize("padding", [1, 5])
+def test_a_decode_batch_padded_for_a_graph(padding: int) -> None:
+    engine = Engine()
+    engine.step([(0, 30), (1, 70)])
+    assert max(engine.step([(0, 1), (1, 1)], padding)) < BOUND
+
+
+def _drafting(tokens: int = 3) -> dict[str, Any]:
+    draft = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return {"speculative_config": draft}
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (4, 1), (2, 3)], ids=str)
+def test_drafts_are_verified_in_the_decode_kernel(counts: tuple[int, int]) -> None:
+    engine = Engine(**_drafting())
+    engine.step([(0, 30), (1, 70)])
+    assert max(engine.step([(0, counts[0]), (1, counts[1])])) < BOUND
+
+
+def test_a_uniform_batch_of_drafts_padded_for_a_graph() -> None:
+    engine = Engine(**_drafting())
+    engine.step([(0, 30), (1, 70)])
+    assert max(engine.step([(0, 4), (1, 4)], padding=8)) < BOUND
+
+
+def test_drafts_beside_a_prompt() -> None:
+    engine = Engine(**_drafting())
+    engine.step([(0, 30), (1, 70)])
+    assert max(engine.step([(0, 4), (1, 1), (2, 60)])) < BOUND
+
+
+def test_a_rejected_draft_leaves_no_trace() -> None:
+    engine = Engine(**_drafting())
+    engine.step([(0, 40)])
+    engine.step([(0, 4)])
+    for side in (engine.k, engine.v):
+        side[0] = side[0][:-3]  # the engine goes on at the first rejected token, over slots that are taken
+    assert max(engine.step([(0, 4)])) < BOUND
+
+
+def test_sinks_and_soft_caps_reach_both_paths() -> None:
+    engine = Engine()
+    engine.impl.soft_cap, engine.impl._sinks = 2.0, torch.tensor([0.5, 3.0, -1.0, 6.0])
+    engine.impl._flash = flash(SCALE, 2.0)
+    engine.impl._prompts = None
+    errors = engine.step([(0, 30), (1, 70)])
+    errors += engine.step([(0, 1), (1, 50)])
+    assert max(errors) < BOUND, errors
+
+
+def test_measuring_memory_takes_the_workspace_and_gives_zeros() -> None:
+    engine = Engine()
+    taken: list[int] = []
+    prompts = engine.impl._prompts_on(torch.device("cpu"))
+    engine.impl._prompts = dataclasses.replace(prompts, workspace=lambda: taken.append(1))
+    q = torch.randn(5, 4, 128).bfloat16()
+    out = engine.impl.forward(
+        engine.layer, q, q[:, :2], q[:, :2], torch.tensor([]), None, torch.full_like(q, torch.nan)
+    )
+    assert taken and not out.any()
+
+
+def test_a_quantised_output_is_refused() -> None:
+    engine = Engine()
+    q = torch.randn(5, 4, 128).bfloat16()
+    with pytest.raises(NotImplementedError, match="quantised attention outputs"):
+        engine.impl.forward(engine.layer, q, q, q, engine.cache, None, q, output_scale=torch.ones(1))

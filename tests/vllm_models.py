@@ -1,0 +1,41 @@
+"""Models that are a config.json: of the shapes that the plugin meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+DENSE = _COMMON | {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 6, "rope_theta": 1e6,
+    "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False,
+}  # fmt: skip
+
+QWEN_7B = DENSE | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+SLIDING = _COMMON | {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 128,
+    "sliding_window": 256, "sliding_window_pattern": 3, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+    "query_pre_attn_scalar": 128, "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+}  # fmt: skip
+
+MAMBA = _COMMON | {
+    "architectures": ["JambaForCausalLM"], "model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 2,
+    "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1,
+    "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False,
+}  # fmt: skip
+
+LATENT = _COMMON | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2, "num_key_value_heads": 4,
+    "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 256,
+    "first_k_dense_replace": 2, "moe_layer_freq": 1, "rope_theta": 1e4,
+}  # fmt: skip
