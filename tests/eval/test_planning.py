@@ -81,7 +81,7 @@ def test_a_loss_is_what_the_text_task_measures(loaded, tmp_path) -> None:
     measured = results["tasks"]["text"]["caches"][spec.name]["kl_mean"]
     passage = next(text_passages(loaded, 1, 96, 32, 8))
     assert measured > 0
-    assert passage.loss(spec.plan) == pytest.approx(measured, rel=1e-6)
+    assert passage.loss(spec.plan) == pytest.approx(measured, rel=0.02)  # there the 16-bit cache rounds to bf16
 
 
 def test_losses_of_layers_alone(loaded) -> None:
@@ -90,6 +90,7 @@ def test_losses_of_layers_alone(loaded) -> None:
     passages = [*text_passages(loaded, 1, 96, 16, 8), *retrieval_passages(loaded, setting, 1, 8)]
     options = [Choice("16bit"), Choice("k4v4"), Choice("k2v2")]
     seen: list[int] = []
+    assert all(passage.loss(_plan(base, (Choice("16bit"),) * 2)) == 0 for passage in passages)
     losses = measure_losses(passages, base, dict.fromkeys(base.layers, options), lambda: seen.append(1))
     assert len(seen) == 4
     for own in losses.values():

@@ -23,7 +23,7 @@ from kvturbo.eval.caches import CacheSpec
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.retrieval import make_sample
-from kvturbo.eval.scoring import Run, chunks, feed, start
+from kvturbo.eval.scoring import Run, chunks, feed
 from kvturbo.guard.merit import LIMIT, candidates
 from kvturbo.guard.plan import SIXTEEN_BIT, LayerPlan, Plan, read_plan
 from kvturbo.hf import TurboCache
@@ -104,13 +104,13 @@ class Passage:
 
     def __init__(self, loaded: LoadedModel, prefix: np.ndarray, scored: np.ndarray, chunk: int) -> None:
         self.loaded, self.scored, self.chunk = loaded, scored, chunk
-        run = start(loaded, prefix, [CacheSpec("16bit")])[0]
-        self.raw: DynamicCache = _raw(loaded, prefix)
+        self.raw = _raw(loaded, prefix)
         self.tokens = len(prefix)
-        self.reference = torch.cat(list(self._logits(run)))
+        whole = TurboCache.from_cache(loaded.model.config, self.raw, SIXTEEN_BIT)  # the model's own dtype, as in a plan
+        self.reference = torch.cat(list(self._logits(Run(CacheSpec(SIXTEEN_BIT), whole, self.tokens, whole.nbytes()))))
 
     def loss(self, plan: Plan) -> float:
-        """Mean KL divergence to the 16-bit cache in nats per token."""
+        """Mean KL divergence in nats per token to a cache that is not packed at all."""
         spec = PlanSpec("plan", plan=plan)
         cache = spec.from_raw(self.loaded, self.raw)
         run = Run(spec, cache, self.tokens, cache.nbytes())
