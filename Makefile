@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
+VLLM := 0.33.0
 BIN := $(VENV)/bin
 comma := ,
 OUT ?= demo-out
@@ -17,12 +19,16 @@ CONSTRAINTS := constraints/$(FLAVOR).txt
 EXTRAS := hf,eval$(if $(filter cuda,$(FLAVOR)),$(comma)triton$(comma)cuda)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Of the CUDA toolkit. Without torch's memory cache every tensor is an allocation of its own, so its end is the end.
+SANITIZER ?= compute-sanitizer
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 9 --target-processes application-only
+
 # Threads that spin while they wait starve one another where cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format gpu-test clean distclean
+.PHONY: help demo test lint format gpu-test test-vllm clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,6 +47,19 @@ test: lint ## lint, then every test that needs no GPU, a wheel's smoke test incl
 gpu-test: $(VENV)/.dev-$(FLAVOR) ## the tests that need a GPU
 	@echo "==> pytest on the GPU"
 	@$(BIN)/pytest -m gpu
+
+test-vllm: $(VLLM_VENV)/.ready ## the plugin's contract with vLLM's own Python, without a GPU
+	@echo "==> pytest with vLLM $(VLLM)"
+	@$(VLLM_VENV)/bin/python -m pytest -m "not gpu" tests/vllm
+
+sanitize: $(VENV)/.dev-$(FLAVOR) ## every kernel under compute-sanitizer; needs a GPU and the CUDA toolkit
+	@command -v $(SANITIZER) >/dev/null || { echo "$(SANITIZER) is not installed; set SANITIZER=path"; exit 1; }
+	@echo "==> memcheck, cuda backend"
+	@$(SANITIZE) --tool memcheck $(BIN)/python tests/ops/sanitize.py cuda
+	@echo "==> memcheck, triton backend"
+	@$(SANITIZE) --tool memcheck $(BIN)/python tests/ops/sanitize.py triton
+	@echo "==> racecheck, cuda backend"
+	@$(SANITIZE) --tool racecheck $(BIN)/python tests/ops/sanitize.py cuda
 
 lint: $(VENV)/.dev-$(FLAVOR) ## ruff, mypy and the import contracts
 	@echo "==> ruff check"
@@ -61,7 +80,7 @@ clean: ## remove caches and what the demo wrote
 	find src tests tools models -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -90,4 +109,15 @@ $(VENV)/.demo-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
 $(VENV)/.dev-$(FLAVOR): pyproject.toml $(VENV)/.torch-$(FLAVOR)
 	@echo "==> installing kvturbo[$(EXTRAS),triton,cuda,dev]"
 	@$(PIP) install -c $(CONSTRAINTS) -e ".[$(EXTRAS),triton,cuda,dev]"
+	@touch $@
+
+# vLLM and the packages that its Python imports; torch and the tests' packages are those of $(VENV).
+$(VLLM_VENV)/.ready: constraints/vllm.txt $(VENV)/.dev-$(FLAVOR)
+	@echo "==> installing vLLM $(VLLM) without its GPU libraries"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -c "import site, subprocess; \
+	    base = subprocess.check_output(['$(BIN)/python', '-c', 'import site; print(site.getsitepackages()[0])'], text=True); \
+	    open(site.getsitepackages()[0] + '/base.pth', 'w').write(f'import site; site.addsitedir({base.strip()!r})\n')"
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps vllm==$(VLLM)
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -r constraints/vllm.txt
 	@touch $@

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import vllm_models as models
+import vllm_models as models  # noqa: E402 (tests/ is not on the path of a script)
 
 MODEL = ROOT / "models" / "kvturbo-12m"
 GAP = 0.1
