@@ -1,0 +1,252 @@
+"""Runs every path of every kernel once, on small shapes: what `make sanitize` gives to compute-sanitizer.
+
+    python tests/ops/sanitize.py cuda
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/ops/sanitize.py triton --quick
+
+Inputs are made and results are compared on the CPU, so that hardly any kernel but ours runs. A page of 0xFF (NaN scales) lies
+before every block, and the last block ends where its memory ends: with PYTORCH_NO_CUDA_MEMORY_CACHING=1 memcheck sees what
+goes beyond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, SCALE, Case, reference
+
+from kernel_checks import check_gather, check_store, mixed_slots, rotations, vectors
+from kvturbo import KVFormat
+from kvturbo.ops import backends, decode, gather, schedule, store
+from kvturbo.ops.decode import cuda as cuda_decode
+from kvturbo.ops.store import cuda as cuda_store
+from support import Batch, batch_of, device_of, interpreted, ints, relative_error
+
+MAX_ERROR = 1e-2
+CTAS = 7
+FORMATS = (
+    ("k4v4", 128, 32, torch.bfloat16), ("k3v3", 80, 16, torch.float16), ("k4v4-o16", 96, 16, torch.bfloat16),
+    ("k8v4", 192, 64, torch.float32), ("k4v3", 112, 64, torch.bfloat16), ("k2v2", 64, 16, torch.float32),
+    ("k3v2-o16", 80, 32, torch.float32), ("k2v2-o32", 256, 32, torch.float16), ("lite4", 64, 64, torch.float32),
+    ("k4v2", 128, 16, torch.float16), ("k4v4", 80, 64, torch.float32), ("k8v4", 112, 16, torch.bfloat16),
+)  # fmt: skip
+LONG = [3600, 3300, 3500, 3400]
+TICKETS = Case("k2v2", 64, 32, 8, out=torch.bfloat16)
+Check = Callable[[], str]
+
+
+def room_of(pages: Tensor, device: torch.device) -> Tensor:
+    """Room on a device for pages [n, heads, page_bytes] of the host: [n, 1 + heads, page_bytes], the first of each row 0xFF."""
+    room = torch.full((len(pages), 1 + pages.shape[1], pages.shape[2]), 0xFF, dtype=torch.uint8)
+    room[:, 1:] = pages
+    return room.to(device)
+
+
+def pages_in(room: Tensor) -> Tensor:
+    """The pages on the host, the poison still being what it was."""
+    room = room.cpu()
+    assert (room[:, 0] == 0xFF).all(), "bytes outside the pages were written"
+    return room[:, 1:]
+
+
+@dataclass
+class Checks:
+    """The checks of a backend's kernels.
+
+    Attributes:
+        backend: "cuda" or "triton".
+        quick: only some of them.
+        row_tiles, tickets: what ran of the cuda backend's decode: its kernels' row tiles, and chunks that CTAs drew.
+    """
+
+    backend: str
+    quick: bool
+    row_tiles: set[int] = field(default_factory=set)
+    tickets: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.backend)
+
+    def __iter__(self) -> Iterator[tuple[str, Check]]:
+        """Names and checks; a check raises AssertionError or says what it found."""
+        for name, head_dim, page_size, dtype in FORMATS[:3] if self.quick else FORMATS:
+            fmt = KVFormat.from_name(name, head_dim, seed=5)
+            label = f"{name}-{head_dim}-{page_size} {str(dtype).removeprefix('torch.')}"
+            for single in (True, False) if self.backend == "cuda" else (False,):
+                kind = " single tokens" if single else " octets"
+                yield f"store  {label}{kind}", lambda f=fmt, p=page_size, t=dtype, s=single: self.store(f, p, t, s)
+            for rotated in rotations(fmt):
+                kind = " rotated" if rotated else ""
+                yield f"gather {label}{kind}", lambda f=fmt, p=page_size, t=dtype, r=rotated: self.gather(f, p, t, r)
+        every = {"plain": {}} | OPTIONS if self.backend == "cuda" else {"plain": {}, "all": OPTIONS["all"]}
+        for case in CASES[:3] if self.quick else CASES:
+            for kind, options in every.items():
+                yield f"decode {case.label} {kind}", lambda c=case, o=options: self.decode(c, lengths_of(c), o)
+        yield "decode with a schedule of its own", lambda: self.decode(CASES[0], LENGTHS, {}, planned=False)
+        if self.backend == "cuda":
+            long = [*LONG, *[1] * (cuda_decode._FEW_TASKS // HEADS)]
+            yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2)
+            yield "every kind of decode kernel ran", self.covered
+
+    def store(self, fmt: KVFormat, page_size: int, dtype: torch.dtype, single: bool) -> str:
+        def run(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, **options: Any) -> None:
+            room = room_of(pages.cpu(), self.device)
+            store(k, v, room[:, 1:], slots, backend=self.backend, **options)
+            pages.copy_(pages_in(room))
+
+        most, cuda_store._MOST_SINGLE = cuda_store._MOST_SINGLE, 10**9 if single else 0
+        try:
+            slots = mixed_slots(page_size)
+            k, v = (x.to(dtype) for x in vectors(fmt, len(slots), HEADS))
+            check_store(run, fmt, page_size, slots, k, v, self.device)
+        finally:
+            cuda_store._MOST_SINGLE = most
+        return f"{2 * HEADS * len(slots)} vectors"
+
+    def gather(self, fmt: KVFormat, page_size: int, dtype: torch.dtype, rotated: bool) -> str:
+        def run(pages: Tensor, table: Tensor, start: int, stop: int, out: Any, **options: Any) -> None:
+            room = room_of(pages.cpu(), self.device)
+            gather(room[:, 1:], table, start, stop, out=out, backend=self.backend, **options)
+            pages_in(room)
+
+        ranges = [(0, 2 * page_size), (5, page_size + 3), (9, 10)]
+        check_gather(run, fmt, page_size, ranges, self.device, rotated=rotated, dtype=dtype)
+        return f"{len(ranges)} ranges"
+
+    def decode(
+        self, case: Case, lengths: list[int], options: dict[str, Any], *, planned: bool = True, ctas: int = CTAS
+    ) -> str:
+        batch = batch_of(case.fmt, lengths, heads=HEADS, page_size=case.page_size)
+        options = options_for(case, lengths, options)
+        generator = torch.Generator().manual_seed(3)
+        shape = len(lengths) * case.queries, HEADS * case.group, case.head_dim
+        q = (2 * torch.randn(shape, generator=generator)).to(case.dtype)
+        room = room_of(batch.pages, self.device)
+        got = self._decode(q, batch, room[:, 1:], case.out, options, planned, ctas)
+        pages_in(room)
+        out, lse = (x.cpu() for x in got)
+        wanted, wanted_lse = reference(q, batch, **options)
+        error = relative_error(out, wanted)
+        assert error <= MAX_ERROR, f"relative error {error:.1e}"
+        finite = wanted_lse.isfinite()
+        assert torch.equal(lse[~finite].double(), wanted_lse[~finite]), "lse is finite elsewhere"
+        assert not finite.any() or (lse - wanted_lse)[finite].abs().max() <= MAX_ERROR, "lse"
+        return f"error {error:.1e}"
+
+    def _decode(
+        self,
+        q: Tensor,
+        batch: Batch,
+        pages: Tensor,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        planned: bool,
+        ctas: int,
+    ) -> tuple[Tensor, Tensor]:
+        device = self.device
+        out = torch.full(q.shape, math.nan, dtype=dtype).to(device)
+        on_device = dict(options)
+        for name in ("q_lens", "seq_starts"):
+            on_device[name] = ints(options.get(name), device)
+        if "sinks" in options:
+            on_device["sinks"] = options["sinks"].to(device)
+        q, seq_lens = q.to(device), batch.seq_lens.to(device)
+        if planned:
+            on_device["schedule"] = self._schedule(q, pages, seq_lens, batch.fmt, dtype, on_device, ctas)
+        return decode(
+            q, pages, batch.block_table.to(device), seq_lens, scale=SCALE, out=out, backend=self.backend,
+            **on_device, **batch.format_options(device),
+        )  # fmt: skip
+
+    def _schedule(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        seq_lens: Tensor,
+        fmt: KVFormat,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        ctas: int,
+    ) -> Any:
+        lens = {"q_lens": options["q_lens"], "seq_starts": options["seq_starts"], "window": options.get("window")}
+        if self.backend == "triton":
+            return schedule.plan(seq_lens, **lens)
+        plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=fmt, out_dtype=dtype)
+        plan.ctas = min(
+            plan.ctas, ctas
+        )  # few: an instrumented launch is slow, and tasks are cut into pieces all the same
+        plan.workspace.fill_(math.nan)
+        plan.update(seq_lens, **lens)
+        self.row_tiles.add(plan.variant.row_tiles)
+        big, small, total = plan.plan[:3].tolist()
+        self.tickets += max(0, -(-(total - plan.ctas * big) // max(1, small)))
+        return plan
+
+    def covered(self) -> str:
+        wanted = {1, 2, 3} if self.quick else {1, 2, 3, 4}
+        assert self.row_tiles >= wanted, f"row tiles {self.row_tiles} of {wanted}"
+        assert self.tickets, "no chunk was drawn by ticket"
+        return f"row tiles {sorted(self.row_tiles)}, {self.tickets} chunks drawn"
+
+
+def lengths_of(case: Case) -> list[int]:
+    """`LENGTHS`; for the kernels for many tasks with so many empty sequences and sequences of one token that they are chosen."""
+    return LENGTHS if case.few else LENGTHS + [0, 1] * (cuda_decode._FEW_TASKS // HEADS // 2)
+
+
+def options_for(case: Case, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """Options for `LENGTHS` for longer lists; with options there are also q_lens, and rows of padding."""
+    options, more = dict(options), len(lengths) - len(LENGTHS)
+    if options or case.queries > 1:
+        options["q_lens"] = case.q_lens + [1] * more
+    if "seq_starts" in options:
+        options["seq_starts"] = options["seq_starts"] + [0] * more
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-2, 3, HEADS * case.group)
+    return options
+
+
+def run(checks: Any) -> int:
+    """Runs checks, a line each; the number of those that failed."""
+    failed = 0
+    for name, check in checks:
+        start = time.monotonic()
+        try:
+            word, found = "ok", check()
+        except AssertionError as error:
+            word, found = "FAILED", " ".join(str(error).split())[:200]
+            failed += 1
+        print(f"{word:6} {name}: {found} ({time.monotonic() - start:.1f} s)", flush=True)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", nargs="?", default="cuda", choices=("cuda", "triton"))
+    parser.add_argument("--quick", action="store_true", help="fewer formats and kernels")
+    given = parser.parse_args()
+    reason = backends.unavailable(given.backend, "decode", device_of(given.backend), KVFormat.from_name("k4v4", 128))
+    if reason:
+        print(f"backend {given.backend!r} can't run here: {reason}", file=sys.stderr)
+        return 2
+    where = "Triton's interpreter" if interpreted(given.backend) else torch.cuda.get_device_name()
+    failed = run(Checks(given.backend, given.quick))
+    print(f"{given.backend} on {where}: {f'{failed} FAILED' if failed else 'all passed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
