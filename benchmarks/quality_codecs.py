@@ -87,6 +87,7 @@ def altered(
     k_rule: ScaleRule | None = None,
     v_rule: ScaleRule | None = None,
     rotate: bool | None = None,
+    seed: int = 0,
 ) -> Entry:
     """A format with one choice of the codec made otherwise."""
 
@@ -98,10 +99,15 @@ def altered(
         return replace(form, parts=parts, rotate=form.rotate if rotate is None else rotate)
 
     def make(subject: Subject) -> Codec:
-        fmt = KVFormat.from_name(name, subject.head_dim)
+        fmt = KVFormat.from_name(name, subject.head_dim, seed=seed)
         return packed_codec(replace(fmt, k=side(fmt.k, k_rule), v=side(fmt.v, v_rule)))
 
     return make
+
+
+def unbiased(name: str) -> Entry:
+    """A format whose keys and values both have the unbiased scale."""
+    return altered(name, k_rule="unbiased", v_rule="unbiased")
 
 
 def edges_in_16_bits(name: str) -> Entry:
@@ -158,6 +164,8 @@ FIXES: dict[str, Entry] = {
 def low_entries() -> dict[str, Entry]:
     """Settings of at most 2.9 bits at 8k beside the formats."""
     return {
+        "k3v2 both scales unbiased": unbiased("k3v2"),
+        f"k3v2 both scales unbiased, {FOLDED}": folded(unbiased("k3v2")),
         f"k3v2 {FOLDED}": folded(format_entry("k3v2")),
         "k3v2 value mean removed": without_mean(format_entry("k3v2"), "v"),
         f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),
@@ -170,9 +178,26 @@ def low_entries() -> dict[str, Entry]:
     }
 
 
+SEEDED = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2")
+SEEDS = (1, 2, 3, 4)
+"""Of the rotation, beside 0, which formats have."""
+
+
+def seeded() -> dict[str, dict[int, Entry]]:
+    """Formats with other rotations, by name and seed, as they are and with both scales unbiased."""
+    found = {name: {seed: altered(name, seed=seed) for seed in SEEDS} for name in SEEDED}
+    both = {
+        f"{name} both scales unbiased": {
+            seed: altered(name, k_rule="unbiased", v_rule="unbiased", seed=seed) for seed in (0, *SEEDS)
+        }
+        for name in SEEDED
+    }
+    return found | both
+
+
 def _ablations() -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for name in ("k4v4", "k4v2", "k3v3", "k3v2"):
+    for name in ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2"):
         base = format_entry(name)
         found |= {
             f"{name}": base,
@@ -181,6 +206,11 @@ def _ablations() -> dict[str, Entry]:
             f"{name} key scale unbiased": altered(name, k_rule="unbiased"),
             f"{name} key scale least squares": altered(name, k_rule="least_squares"),
             f"{name} value scale norm": altered(name, v_rule="norm"),
+            f"{name} value scale unbiased": altered(name, v_rule="unbiased"),
+            f"{name} value scale least squares": altered(name, v_rule="least_squares"),
+            f"{name} both scales unbiased": unbiased(name),
+            f"{name} both scales unbiased, {FOLDED}": folded(unbiased(name)),
+            f"{name} both scales unbiased, {FOLDED}, value mean removed": without_mean(folded(unbiased(name)), "v"),
             f"{name} without rotation": altered(name, rotate=False),
             f"{name} 16 outlier channels": format_entry(f"{name}-o16"),
             f"{name} without windows": windows(base, 0, 0),

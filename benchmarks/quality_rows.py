@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from quality_codecs import ABLATIONS, FIXES, MAIN, Entry, every_entry, low_entries
+from quality_codecs import ABLATIONS, FIXES, MAIN, Entry, every_entry, low_entries, seeded
 
 from kvturbo.config import SIDES
 from kvturbo.eval.calibration import Calibration, calibrate
@@ -179,6 +179,8 @@ def jobs(bench: Bench) -> Iterator[Job]:
             if setting == RETRIEVAL[0] or name in EASY or name in low:
                 yield _retrieval("retrieval", PLAIN, name, entry, setting, name in MAIN or name in low, bench.sizes)
     yield from (_text("text", PLAIN, name, entry) for name, entry in low.items())
+    for name, by_seed in seeded().items():
+        yield from (_text("seeds", PLAIN, name, entry, str(seed)) for seed, entry in by_seed.items())
     for case in bench.cases:
         yield from _case(case, entries, bench.sizes)
     yield from (_text("ablation", PLAIN, name, entry) for name, entry in ABLATIONS.items())
@@ -237,13 +239,13 @@ def _sides(bench: Bench, entries: dict[str, Entry]) -> Iterator[Job]:
             yield Job("sides", PLAIN, name, f"{side} {'all' if only is None else only}", measure)
 
 
-def _text(section: str, case: str, name: str, entry: Entry) -> Job:
+def _text(section: str, case: str, name: str, entry: Entry, setting: str | None = None) -> Job:
     def measure(bench: Bench) -> dict[str, Any]:
         subject = bench.subject(case)
         codec = entry(subject)
         return _size(codec, subject) | subject.text.measure(Simulation(codec))
 
-    return Job(section, case, name, None, measure)
+    return Job(section, case, name, setting, measure)
 
 
 def _retrieval(section: str, case: str, name: str, entry: Entry | None, setting: str, many: bool, sizes: Sizes) -> Job:

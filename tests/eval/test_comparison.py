@@ -47,7 +47,7 @@ def test_every_row_can_be_measured(
     """All sections on a model of two layers; names are unique, so that a continued run repeats none."""
     rows = measured(script, tiny_folder, tmp_path / "q.json", monkeypatch)
     names = {(row["section"], row["name"]) for row in rows}
-    assert {"text", "retrieval", "ablation", "heads", "sides", "length", "case", "case-retrieval"} == {
+    assert {"text", "retrieval", "ablation", "heads", "sides", "length", "case", "case-retrieval", "seeds"} == {
         s for s, _ in names
     }
     for wanted in ("k4v4", "tq3.5", "tq2.5", "qjl4", "qjl3", "k4v4-o16", "vllm-4bit_nc", "kvarn-k4v2", "pr38280"):
@@ -103,6 +103,7 @@ def report(**extra: Any) -> dict[str, Any]:
         hit | {"name": "k4v4", "section": "length", "setting": "hops-4k"},
         text | {"name": "k4v4", "section": "ablation"},
         text | {"name": "k4v4 without search", "section": "ablation", "kl_mean": 0.0042},
+        text | {"name": "k4v4", "section": "seeds", "setting": "1", "kl_mean": 0.0025},
         text | {"name": "k3v3", "section": "sides", "setting": "k 0"},
         text | {"name": "k3v3", "section": "sides", "setting": "v 0"},
         text | {"name": "k4v4", "section": "case", "case": "key-bias", "kl_mean": None},
@@ -119,7 +120,9 @@ def test_tables_show_the_rows() -> None:
     assert "| mean KL of k4v4 over vllm-4bit_nc | <= 0.88 | 0.700 | reached |" in tables["goals"]
     row = "| `k4v4` | 4.125 | 4.12 | 0.0021 | 0.02 | 0.04 | 98.12 % | 7.5000 | -0.2 (2,048) | - |"
     assert row in tables["formats"]
-    assert "| without search | 2.00x | - | - | - |" in tables["ablation"]
+    assert "| the same, mean of 2 rotations | <= 0.88 | 0.767 | reached |" in tables["goals"]
+    assert "| `k4v4` | 2 | 0.0023 | 0.0021 | 0.0025 |" in tables["rotations"]
+    assert "| without search | 2.00x | - | - | - | - |" in tables["ablation"]
     assert "| `k4v4` | 4.12 | 0.0021 | NaN | - |" in tables["cases"] and "control" in tables["cases"]
     assert "| `k4v4` | 93.0 % |" in tables["length"].replace(" - |", "").replace("| 93.0 % | 93.0 % |", "| 93.0 % |")
     assert "quality-layers.svg" in tables["plot-layers"]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvturbo.eval.goals import Row, check, find
+from kvturbo.eval.goals import Row, check, find, over_rotations
 from kvturbo.eval.report import markdown_table
 
 Report = dict[str, Any]
-ABLATED = ("k4v4", "k4v2", "k3v3", "k3v2")
+ABLATED = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2")
 HARD, EASY = "hard-8k", "multikey-8k"
 FOLDED = ", weights folded"
 MISSING = "Not measured yet: `python benchmarks/quality.py` makes the rows."
@@ -59,6 +59,16 @@ def ablation(report: Report) -> str:
         ratios = [_ratio(rows.get(f"{name} {change}"), rows.get(name)) for name in ABLATED]
         cells.append((change, *ratios))
     return _or_missing(("change", *(f"`{name}`" for name in ABLATED)), cells if rows else [])
+
+
+def rotations(report: Report) -> str:
+    """Mean KL over rotations: of formats as they are, and with unbiased scales on both sides."""
+    cells = []
+    for name in dict.fromkeys(row["name"] for row in _rows(report, section="seeds")):
+        found = over_rotations(report["rows"], name)
+        mean = sum(found) / len(found)
+        cells.append((f"`{name}`", str(len(found)), f"{mean:.3g}", f"{min(found):.3g}", f"{max(found):.3g}"))
+    return _or_missing(("format", "rotations", "mean KL", "least", "most"), cells)
 
 
 def cases(report: Report) -> str:
@@ -141,6 +151,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "formats": formats,
     "low": low,
     "ablation": ablation,
+    "rotations": rotations,
     "cases": cases,
     "heads": heads,
     "sides": sides,

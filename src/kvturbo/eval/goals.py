@@ -57,10 +57,21 @@ def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
     return next((row for row in rows if all(row.get(name) == value for name, value in wanted.items())), None)
 
 
+def over_rotations(rows: Sequence[Row], name: str) -> list[float]:
+    """Mean KL of a format for every rotation that was measured, the format's own first."""
+    own = find(rows, section="text", case="plain", name=name)
+    found = [row["kl_mean"] for row in rows if row["section"] == "seeds" and row["name"] == name]
+    return found if own is None else [own["kl_mean"], *found]
+
+
 def _ratios(rows: Sequence[Row]) -> Iterator[Goal]:
     for name, other, most in RATIOS:
         pair = [_plain(rows, which) for which in (name, other)]
         yield _ratio(f"mean KL of {name} over {other}", pair[0], pair[1], most)
+        rotations = over_rotations(rows, name)
+        if len(rotations) > 1:
+            mean = {"kl_mean": sum(rotations) / len(rotations)}
+            yield _ratio(f"the same, mean of {len(rotations)} rotations", mean, pair[1], most)
 
 
 def _cases(rows: Sequence[Row]) -> Iterator[Goal]:
