@@ -159,6 +159,8 @@ class TurboCache(Cache):
             target.lazy_initialization(source.keys, source.values)
             target.begin(source.keys, mask)
             target.finish(source.keys, source.values)
+        for group in packed.store.groups:
+            group.step = None  # its index tensors are as long as the prompt
         return packed
 
     def save(self, path: str | Path) -> None:
