@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def options_for(case: Case, lengths: list[int], options: dict[str, Any]) -> dict
     return options
 
 
-def run(checks: Any) -> int:
+def run(checks: Iterable[tuple[str, Check]]) -> int:
     """Runs checks, a line each; the number of those that failed."""
     failed = 0
     for name, check in checks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,7 +94,7 @@ def test_a_wrong_result_fails(
 
     right = sanitize.decode
     checks = sanitize.Checks("reference", True)
-    check = lambda: checks.decode(sanitize.CASES[1], [40, 3], {}, planned=False)  # noqa: E731
+    check = partial(checks.decode, sanitize.CASES[1], [40, 3], {}, planned=False)
     monkeypatch.setattr(sanitize, "decode", wrong)
     assert sanitize.run([("decode", check)]) == 1
     assert said in capsys.readouterr().out
