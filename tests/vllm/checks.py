@@ -322,6 +322,33 @@ def tensor_parallel() -> str:
 
 
 @check
+def reference_path() -> str:
+    """Teacher-forced, in the same chunks: the distribution of every token, against transformers over the same packed cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    from kvturbo.hf import TurboCache
+
+    prompt = prompts(1)
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
+    with engine(max_num_batched_tokens=CHUNK, max_num_seqs=1, max_logprobs=-1) as llm:
+        output = llm.generate(prompt, parameters, use_tqdm=False)[0]
+    rows = [[entry[token].logprob for token in range(1024)] for entry in output.prompt_logprobs[1:]]
+    got = torch.tensor(rows, dtype=torch.float64)
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="kvturbo", dtype=torch.bfloat16).cuda()
+    past = TurboCache(model.config, "k4v4")
+    ids = torch.tensor([prompt[0]["prompt_token_ids"]], device="cuda")
+    with torch.no_grad():
+        logits = [model(chunk, past_key_values=past).logits[0] for chunk in ids.split(CHUNK, 1)]
+    wanted = torch.cat(logits)[:-1].double().log_softmax(-1).cpu()
+    divergence = (wanted.exp() * (wanted - got)).sum(-1)
+    assert divergence.mean() < 1e-3, f"KL {divergence.mean():.2e}"
+    return f"KL {divergence.mean():.2e}, of the worst token {divergence.max():.2e}"
+
+
+@check
 def speed() -> str:
     """Random weights of Qwen2.5-7B's shape, 8 sequences at 8k: seconds per decode step and for the prompts, against 16 bits."""
     from vllm import SamplingParams

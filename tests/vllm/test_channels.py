@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from kvturbo import KVFormat
-from kvturbo.vllm import channels
+from kvturbo.vllm import channels, report
 from kvturbo.vllm.channels import SPIKED_SHARE, Checkpoint, heads_of_rank, outlier_channels
 
 FMT = KVFormat.from_name("k4v4-o16", 128)
 LAYER = "model.layers.3.self_attn.attn"
+MODULE = SimpleNamespace(layer_name=LAYER, is_draft_layer=False)
 
 
 def _folder(path: Path, **tensors: torch.Tensor) -> Path:
@@ -63,7 +64,7 @@ def _chosen(folder: Path, heads: int, ranks: int, rank: int) -> torch.Tensor:
     original = channels.tensor_rank
     channels.tensor_rank = lambda: rank
     try:
-        return outlier_channels(LAYER, FMT, count, _config(folder, heads, ranks))
+        return outlier_channels(MODULE, FMT, count, _config(folder, heads, ranks))
     finally:
         channels.tensor_rank = original
 
@@ -102,7 +103,7 @@ def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
 
 
 def test_random_weights_get_any_valid_channels(tmp_path: Path) -> None:
-    chosen = outlier_channels(LAYER, FMT, 2, _config(tmp_path, 4, 2, "dummy"))
+    chosen = outlier_channels(MODULE, FMT, 2, _config(tmp_path, 4, 2, "dummy"))
     assert chosen.shape == (2, 16)
     assert all(len(set(row)) == 16 and {c + 64 for c in row if c < 64} <= set(row) for row in chosen.tolist())
 
@@ -116,3 +117,30 @@ def test_a_bias_shows_in_the_share_of_energy_and_white_keys_do_not(tmp_path: Pat
     plain.mkdir()
     weights = Checkpoint(_folder(plain, **{"k_proj.weight": _weights()})).key_weights(LAYER, 4, 128, False)
     assert not weights.biased and weights.spiked_share() < SPIKED_SHARE / 2
+
+
+def test_a_draft_model_has_channels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "tensor_rank", lambda: 0)
+    bias, wanted = _biased()
+    folders = [tmp_path / name for name in ("target", "draft")]
+    for folder, shift in zip(folders, (0, 1), strict=True):
+        folder.mkdir()
+        _folder(folder, **{"k_proj.weight": _weights(), "k_proj.bias": bias.roll(shift)})
+    config = _config(folders[0], 4)
+    config.speculative_config = SimpleNamespace(draft_model_config=_config(folders[1], 4).model_config)
+    draft = SimpleNamespace(layer_name=LAYER, is_draft_layer=True)
+    assert outlier_channels(MODULE, FMT, 4, config).tolist() == wanted
+    assert outlier_channels(draft, FMT, 4, config).tolist() == [[c + 1 for c in row] for row in wanted]
+
+
+@pytest.mark.parametrize("name, warned", [("k4v4", True), ("k4v4-o16", False), ("k8v4", False)])
+def test_a_large_bias_is_warned_of_once_where_the_format_will_not_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, warned: bool
+) -> None:
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": _biased()[0]})
+    layer = report.Layer(LAYER, KVFormat.from_name(name, 128), "", 1.0, 1.0, False)
+    report._SAID.clear()
+    for _ in range(2):
+        report._warn_of_spikes([layer], _config(folder, 4))
+    assert ("k_proj.bias; such models lose accuracy" in caplog.text) == warned
+    assert len(caplog.records) == warned and (not warned or "kvturbo_k4v4-o16" in caplog.text)

@@ -16,7 +16,7 @@ import vllm_standin
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 NAMES = (
     "eager", "chunks", "full_graphs", "prefix_hit", "compiled", "ngram", "preemption", "skip_layers", "half_precision",
-    "outliers", "two_bits", "sliding", "mamba", "cpu_offload", "draft_model", "tensor_parallel", "speed",
+    "outliers", "two_bits", "sliding", "mamba", "cpu_offload", "draft_model", "tensor_parallel", "reference_path", "speed",
 )  # fmt: skip
 
 

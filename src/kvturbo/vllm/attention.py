@@ -83,7 +83,7 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
     def prepare(self, layer: Any, vllm_config: Any, device: torch.device) -> None:
         """Called once the cache is set up and before any step: outlier channels, and memory for prompts."""
         if self.fmt.outliers and self._channels is None:
-            self._channels = outlier_channels(layer.layer_name, self.fmt, self.num_kv_heads, vllm_config).to(device)
+            self._channels = outlier_channels(layer, self.fmt, self.num_kv_heads, vllm_config).to(device)
         self._prompts_on(device).warm_up(self._shapes.dtype, device)
 
     def do_kv_cache_update(

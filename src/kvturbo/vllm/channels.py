@@ -64,13 +64,19 @@ class Checkpoint:
         if not self._files:
             raise FileNotFoundError(f"no safetensors in {folder}")
 
+    def _name(self, suffix: str) -> str | None:
+        names = [name for name in self._files if name.endswith("." + suffix) or name == suffix]
+        return min((name for name in names if not _TOWERS.search(name)), key=len, default=None)
+
+    def biased(self, layer_name: str) -> bool:
+        """Whether a constant is added to a layer's keys; reads no weights."""
+        return self._name(f"{_module(layer_name)}.k_proj.bias") is not None
+
     def find(self, suffix: str) -> Tensor | None:
         """The language model's tensor whose name ends with a suffix that begins at a layer, or None."""
-        names = [name for name in self._files if name.endswith("." + suffix) or name == suffix]
-        names = [name for name in names if not _TOWERS.search(name)]
-        if not names:
+        name = self._name(suffix)
+        if name is None:
             return None
-        name = min(names, key=len)
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -87,7 +93,7 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint has no `k_proj` for the layer.
         """
-        module = layer_name[layer_name.find("layers.") :].rpartition(".")[0]
+        module = _module(layer_name)
         gain = self.find(f"{module}.k_norm.weight")
         if gain is not None and gain.numel() == head_dim:
             moment = (gain.double() + unit_offset).square()
@@ -102,6 +108,11 @@ class Checkpoint:
         if bias is not None:
             moment = moment + bias.double().square()
         return KeyWeights(moment.view(num_kv_heads, head_dim), biased=bias is not None)
+
+
+def _module(layer_name: str) -> str:
+    """The module that a layer of vLLM belongs to, from `layers.` on: what comes before is not the same in every checkpoint."""
+    return layer_name[layer_name.find("layers.") :].rpartition(".")[0]
 
 
 @lru_cache(maxsize=4)
@@ -128,11 +139,16 @@ def checkpoint_of(model_config: Any, load_config: Any) -> Checkpoint:
     return _checkpoint(str(folder))
 
 
-def outlier_channels(layer_name: str, fmt: KVFormat, num_kv_heads: int, vllm_config: Any) -> Tensor:
+def model_of(layer: Any, vllm_config: Any) -> Any:
+    """vLLM's model_config of the model that a layer belongs to: the draft model's for its layers."""
+    return vllm_config.speculative_config.draft_model_config if layer.is_draft_layer else vllm_config.model_config
+
+
+def outlier_channels(layer: Any, fmt: KVFormat, num_kv_heads: int, vllm_config: Any) -> Tensor:
     """The outlier channels of the heads of a layer that this rank has: [num_kv_heads, channels] int64.
 
     Args:
-        layer_name: vLLM's.
+        layer: vLLM's attention layer, for its name and its model.
         fmt: an `-o` format.
         num_kv_heads: of this rank.
         vllm_config: vLLM's.
@@ -140,7 +156,8 @@ def outlier_channels(layer_name: str, fmt: KVFormat, num_kv_heads: int, vllm_con
     Raises:
         FileNotFoundError, ValueError: the checkpoint does not say which.
     """
-    model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
+    model = model_of(layer, vllm_config)
+    text = model.hf_text_config
     pairing: Pairing = "interleaved" if text.model_type in INTERLEAVED else "half"
     rotary = rotary_dim(text, fmt.head_dim)
     if vllm_config.load_config.load_format == "dummy":  # random weights have no outliers: any channels will do
@@ -148,7 +165,7 @@ def outlier_channels(layer_name: str, fmt: KVFormat, num_kv_heads: int, vllm_con
         return choose_outlier_channels(moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
     total = model.get_total_num_kv_heads()
     weights = checkpoint_of(model, vllm_config.load_config).key_weights(
-        layer_name, total, fmt.head_dim, text.model_type in UNIT_OFFSET
+        layer.layer_name, total, fmt.head_dim, text.model_type in UNIT_OFFSET
     )
     chosen = choose_outlier_channels(weights.second_moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
     parallel = vllm_config.parallel_config
@@ -157,6 +174,8 @@ def outlier_channels(layer_name: str, fmt: KVFormat, num_kv_heads: int, vllm_con
 
 def heads_of_rank(total: int, count: int, ranks: int, rank: int) -> Sequence[int]:
     """Which KV heads of the model a tensor-parallel rank has, where there are fewer heads than ranks shared by several."""
+    if count == total:  # not sharded, as a draft model may be
+        return list(range(total))
     first = rank * count if total >= ranks else rank * total // ranks
     return list(range(first, first + count))
 

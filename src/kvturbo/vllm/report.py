@@ -90,7 +90,7 @@ def report(vllm_config: Any) -> None:
     workspaces = [modules[layer.name].impl.workspace_bytes for layer in layers if layer.packed]
     _say(logging.INFO, summary(layers, max(workspaces)))
     if vllm_config.load_config.load_format != "dummy":
-        _warn_of_spikes([layer for layer in layers if layer.packed], vllm_config)
+        _warn_of_spikes([layer for layer in layers if not modules[layer.name].is_draft_layer], vllm_config)
 
 
 def _warn_of_spikes(layers: list[Layer], vllm_config: Any) -> None:
@@ -102,7 +102,10 @@ def _warn_of_spikes(layers: list[Layer], vllm_config: Any) -> None:
         if fmt is None or fmt.outliers or fmt.k.parts[0].bits == 8:
             continue
         try:
-            weights = checkpoint_of(model, vllm_config.load_config).key_weights(
+            checkpoint = checkpoint_of(model, vllm_config.load_config)
+            if not checkpoint.biased(layer.name):
+                continue
+            weights = checkpoint.key_weights(
                 layer.name, model.get_total_num_kv_heads(), fmt.head_dim, model.hf_text_config.model_type in UNIT_OFFSET
             )
         except (OSError, ValueError) as error:
