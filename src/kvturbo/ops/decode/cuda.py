@@ -76,7 +76,7 @@ class Variant:
     def static_shared_bytes(self) -> int:
         """Static shared memory of a CTA: barriers, tops and sums of the warps' rows, a vector per warp for the Paley matrix."""
         vectors = self.warps * self.fmt.head_dim * 4 if factor(self.fmt.head_dim)[0] > 1 else 4
-        return self.stages * 12 + 2 * self.warps * self.rows * 4 + vectors + 16
+        return self.stages * 12 + 2 * self.warps * self.rows * 4 + vectors + 64
 
     def macros(self) -> dict[str, int | str]:
         """The macros decode.cu is compiled with."""

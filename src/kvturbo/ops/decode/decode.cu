@@ -222,6 +222,39 @@ struct Task {
   int length, q_len, q_row;      // of the sequence; its first row in q
 };
 
+struct Plan {  // see schedule.cu
+  int big, small, total, rows, ctas;
+  DEV Plan(const Params& p) : ctas(gridDim.x) { const int4 x = *(const int4*)p.plan; big = x.x; small = x.y; total = x.z; rows = x.w; }
+  DEV int large() const { return big * ctas; }
+  DEV int drawn() const { return total > large() ? (total - large() + small - 1) / small : 0; }  // small chunks, handed out by ticket
+  DEV int start(int chunk) const { return chunk < ctas ? chunk * big : large() + (chunk - ctas) * small; }
+  DEV int stop(int chunk) const { return min(start(chunk + 1), total); }
+  DEV int chunk_of(int step) const { return step < large() ? step / big : ctas + (step - large()) / small; }
+};
+
+struct Place {  // of a CTA in its chunks
+  int4 r0;      // of the present task: sequence, steps before it, of a task of it, task
+  int4 r1;      // the sequence's length, rows of q before it, q_len, start
+  int chunk, at, stop, before;  // the next piece's first step, the chunk's end, steps of earlier pieces
+  DEV void read_record(const Params& p) { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); }
+  DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS); }
+  DEV void next_task(const Params& p) {
+    if (++r0.w, at < r0.y + r0.z * tasks(p)) return;
+    const int* cum = p.plan + p.plan[4];
+    const int* q_rows = cum + p.batch + 1;
+    int b = r0.x + 1;
+    while (at >= cum[b + 1]) b++;  // sequences without tasks
+    r1.x = p.seq_lens[b];
+    r1.y = q_rows[b];
+    r1.z = q_rows[b + 1] - r1.y;
+    r1.w = p.seq_starts ? p.seq_starts[b] : 0;
+    r0.x = b;
+    r0.y = cum[b];
+    r0.z = (cum[b + 1] - cum[b]) / tasks(p);
+    r0.w = 0;
+  }
+};
+
 // A part of a task that a CTA does at once: steps s0 to s1 of it.
 struct Piece {
   Task k;
@@ -230,8 +263,8 @@ struct Piece {
   int start, slot0, pages;       // first position that may be seen, the first step's first slot, pages of the task
   const int* table;              // of the task's first page
   const u8* head_pages;
-  // r0: sequence, steps before it, of a task of it, task; r1: its length, rows of q before it, q_len, start.
-  DEV Piece(const Params& p, int4 r0, int4 r1, int at, int stop) {
+  DEV Piece(const Params& p, const Place& x) {
+    const int4 r0 = x.r0, r1 = x.r1;
     k.sequence = r0.x;
     k.length = r1.x;
     k.q_row = r1.y;
@@ -242,8 +275,8 @@ struct Piece {
     const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS;
     k.head = blocks == 1 ? r0.w : r0.w / blocks;
     k.row0 = (r0.w - k.head * blocks) * ROWS;
-    s0 = at - begin;
-    s1 = min(stop - begin, steps);
+    s0 = x.at - begin;
+    s1 = min(x.stop - begin, steps);
     const int page0 = max(0, max((k.length + STEP - 1) / STEP, 1) - steps) * PAGES;
     slot0 = page0 * PAGE;
     pages = (k.length + PAGE - 1) / PAGE - page0;
@@ -558,6 +591,7 @@ template <class F, class W> DEV void merge_row(int n, F value, W weight, float& 
 struct Shared {
   u64 bars[NB];
   int filled[NB];
+  Place place;
   float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
   int ticket;
 };
@@ -611,35 +645,34 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   Queries& queries = *(Queries*)(smem + QUERIES_AT);
   float* rows = (float*)smem;  // the warps' results, where their rings were
   const int heads = p.kv_heads * GROUP;
-  const int4 plan = *(const int4*)p.plan;  // big chunk, small chunk, steps in all, rows of q in use
-  const int ctas = gridDim.x, large = plan.x * ctas;
-  const int drawn = plan.z > large ? (plan.z - large + plan.y - 1) / plan.y : 0;  // small chunks, handed out by ticket
-  for (i64 i = (i64)plan.w * heads * D + blockIdx.x * NW * 32 + threadIdx.x; i < (i64)p.rows * heads * D; i += ctas * NW * 32) {
+  Place place;
+  place.chunk = blockIdx.x;
+  place.read_record(p);
+  const Plan plan(p);
+  place.at = plan.start(place.chunk);
+  place.stop = plan.stop(place.chunk);
+  place.before = 0;
+  Ring ring;
+  ring.init(smem, sh.bars, sh.filled);
+  for (i64 i = (i64)plan.rows * heads * D + blockIdx.x * NW * 32 + threadIdx.x; i < (i64)p.rows * heads * D; i += plan.ctas * NW * 32) {
     store_element<OUT_TYPE>(p.out, i, 0.f);
     if (i % D == 0) p.lse[i / D] = p.sinks ? p.sinks[i / D % heads] : -INF;
   }
-  auto chunk_start = [&](int c) { return c < ctas ? c * plan.x : large + (c - ctas) * plan.y; };
-  auto chunk_of = [&](int step) { return step < large ? step / plan.x : ctas + (step - large) / plan.y; };
-  Ring ring;
-  ring.init(smem, sh.bars, sh.filled);
+  if (place.at >= place.stop) return;
   u32 k_table[2], v_table[2];
   level_table<K_BITS>(k_table);
   level_table<V_BITS>(v_table);
-
-  int chunk = blockIdx.x, at = chunk_start(chunk), stop = min(chunk_start(chunk + 1), plan.z);
-  if (at >= stop) return;
-  int4 r0, r1;  // of the present task, see Piece
-  auto read_record = [&] { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); };
-  read_record();
-  Piece now(p, r0, r1, at, stop);
-  int ids[OWN], before = 0;  // steps of the CTA's earlier pieces
+  Piece now(p, place);
+  int ids[OWN];
   ring.seek(warp);
   now.first_page_ids(warp, lane, ids);
   now.issue_first(ring, p, warp, ids);
+  bool draws = plan.drawn() && now.begin + now.s1 == place.stop;  // a ticket at the end of its chunk
 
   for (bool more = true; more;) {
     int step = now.s0 + warp, next_id = now.page_id(step + NB, lane);
     load_queries(p, now.k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+    if (threadIdx.x == 0) sh.place = place;  // rather than in registers during the steps
     __syncthreads();
     Query q;
     make_query(p, now.k, now.start, queries, lane, q);
@@ -648,7 +681,6 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     const int min_hi = now.k.length - now.k.q_len + now.k.row0 / GROUP, max_hi = now.k.length - now.k.q_len + last_row / GROUP;
     const int max_lo = p.window > 0 ? max(now.start, max_hi - p.window + 1) : now.start;
     const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - now.slot0) / STEP;
-    const bool ends = now.begin + now.s1 == stop;  // its chunk
     Softmax x;
     UNROLL for (int m = 0; m < NT; m++) {
       x.top[m] = -INF; x.sum[m] = x.half[m] = 0;
@@ -665,10 +697,15 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       const bool done = weigh(data, g, t, now.slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit);
       exact = !done;
       if (done) {
-        // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others. 0 after the last.
-        if (drawn && ends && threadIdx.x == 0 && step + NW >= now.s1) sh.ticket = atomicInc(p.counters, drawn + ctas - 1);
+        if (draws && threadIdx.x == 0 && step + NW >= now.s1) {
+          // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others.
+          const Plan again(p);
+          sh.ticket = atomicInc(p.counters, again.drawn() + again.ctas - 1);  // 0 after the last
+        }
         add_values(data, g, t, v_table, b, unit, x);
-        if (step + NW < now.s1) { ahead.wait<OWN - 2>(); data = ahead.data(); }
+        if (step + NW >= now.s1) break;
+        ahead.wait<OWN - 2>();
+        data = ahead.data();
       }
       step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
       if (!done) continue;
@@ -680,41 +717,28 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     }
 
     // The next piece's record is read while the warps' results are merged, and its first pages are copied while pieces are.
-    asm volatile("" : "+r"(r0.w));  // made again rather than kept in registers during the steps
-    const Piece done(p, r0, r1, at, stop);
-    const int first = chunk_of(done.begin), splits = chunk_of(done.begin + done.steps - 1) - first + 1;
-    float* part = p.workspace + (i64)(2 * chunk + (done.s0 == 0)) * PART;
-    before += done.s1 - done.s0;
     __syncthreads();
-    at = done.begin + done.s1;
-    if (ends) {
-      more = drawn && sh.ticket < drawn;
-      if (more) {
-        chunk = ctas + sh.ticket;
-        at = chunk_start(chunk);
-        stop = min(chunk_start(chunk + 1), plan.z);
-        read_record();
-      }
-    } else if (++r0.w, at >= r0.y + r0.z * p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS)) {  // the next sequence that has tasks
-      const int* cum = p.plan + p.plan[4];
-      const int* q_rows = cum + p.batch + 1;
-      int b = r0.x + 1;
-      while (at >= cum[b + 1]) b++;
-      r1.x = p.seq_lens[b];
-      r1.y = q_rows[b];
-      r1.z = q_rows[b + 1] - r1.y;
-      r1.w = p.seq_starts ? p.seq_starts[b] : 0;
-      r0.x = b;
-      r0.y = cum[b];
-      r0.w = 0;
-      r0.z = (cum[b + 1] - cum[b]) / (p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS));
+    place = sh.place;
+    const Plan again(p);
+    const Piece done(p, place);
+    const int first = again.chunk_of(done.begin), splits = again.chunk_of(done.begin + done.steps - 1) - first + 1;
+    float* part = p.workspace + (i64)(2 * place.chunk + (done.s0 == 0)) * PART;
+    place.before += done.s1 - done.s0;
+    place.at = done.begin + done.s1;
+    if (place.at < place.stop) {
+      place.next_task(p);
+    } else if (more = draws && sh.ticket < again.drawn(), more) {
+      place.chunk = again.ctas + sh.ticket;
+      place.at = again.start(place.chunk);
+      place.stop = again.stop(place.chunk);
+      place.read_record(p);
     }
     UNROLL for (int m = 0; m < NT; m++) {
       const float sum = rows_sum(x.sum[m]);
       if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
       UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + x.half[m];
     }
-    if (more) now = Piece(p, r0, r1, at, stop);
+    if (more) now = Piece(p, place);
     __syncthreads();
     if (more) now.first_page_ids(warp, lane, ids);
     merge_warps(p, done.k, sh, rows, part, splits == 1, warp, lane);
@@ -723,8 +747,9 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies will write where the results lay
 #endif
       __syncthreads();
-      ring.seek(before + warp);
+      ring.seek(place.before + warp);
       now.issue_first(ring, p, warp, ids);
+      draws = again.drawn() && now.begin + now.s1 == place.stop;
     }
     if (splits > 1) merge_pieces(p, done.k, sh, first, splits, warp, lane);
   }
