@@ -378,6 +378,10 @@ def decode(
         raise ValueError(
             f"out must be contiguous and block_table's rows too, got strides {out.stride()}, {block_table.stride()}"
         )
+    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16 or pages.data_ptr() % 16:
+        raise ValueError(
+            f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
+        )
     q = q.contiguous()
     schedule.launch(
         _Params(
