@@ -6,8 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvturbo.config import ALIASES, KVFormat, ScaleRule, Side, SideFormat, format_names
-from kvturbo.eval.codec import SIXTEEN_BIT, Codec, by_layer, centred, mixed, packed_codec, scaled_keys
+from kvturbo.config import ALIASES, KVFormat, Side, SideFormat, format_names
+from kvturbo.eval.codec import (
+    SIXTEEN_BIT,
+    Codec,
+    OtherRule,
+    by_layer,
+    centred,
+    mixed,
+    packed_codec,
+    rescaled,
+    scaled_keys,
+)
 from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.trellis import trellis_values
 from kvturbo.guard import LayerMoments, choose_format, moments_of_weights
@@ -84,30 +94,25 @@ def altered(
     name: str,
     *,
     search: bool | None = None,
-    k_rule: ScaleRule | None = None,
-    v_rule: ScaleRule | None = None,
+    k_rule: OtherRule | None = None,
+    v_rule: OtherRule | None = None,
     rotate: bool | None = None,
     seed: int = 0,
 ) -> Entry:
-    """A format with one choice of the codec made otherwise."""
+    """A format with choices of the codec made otherwise."""
 
-    def side(form: SideFormat, rule: ScaleRule | None) -> SideFormat:
-        parts = tuple(
-            replace(part, rule=rule or part.rule, search=part.search if search is None else search)
-            for part in form.parts
-        )
+    def side(form: SideFormat) -> SideFormat:
+        parts = tuple(replace(part, search=part.search if search is None else search) for part in form.parts)
         return replace(form, parts=parts, rotate=form.rotate if rotate is None else rotate)
 
     def make(subject: Subject) -> Codec:
         fmt = KVFormat.from_name(name, subject.head_dim, seed=seed)
-        return packed_codec(replace(fmt, k=side(fmt.k, k_rule), v=side(fmt.v, v_rule)))
+        codec = packed_codec(replace(fmt, k=side(fmt.k), v=side(fmt.v)))
+        if k_rule:
+            codec = rescaled(codec, k_rule, "k")
+        return rescaled(codec, v_rule, "v") if v_rule else codec
 
     return make
-
-
-def unbiased(name: str) -> Entry:
-    """A format whose keys and values both have the unbiased scale."""
-    return altered(name, k_rule="unbiased", v_rule="unbiased")
 
 
 def edges_in_16_bits(name: str) -> Entry:
@@ -164,8 +169,6 @@ FIXES: dict[str, Entry] = {
 def low_entries() -> dict[str, Entry]:
     """Settings of at most 2.9 bits at 8k beside the formats."""
     return {
-        "k3v2 both scales unbiased": unbiased("k3v2"),
-        f"k3v2 both scales unbiased, {FOLDED}": folded(unbiased("k3v2")),
         f"k3v2 {FOLDED}": folded(format_entry("k3v2")),
         "k3v2 value mean removed": without_mean(format_entry("k3v2"), "v"),
         f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),
@@ -184,15 +187,15 @@ SEEDS = (1, 2, 3, 4)
 
 
 def seeded() -> dict[str, dict[int, Entry]]:
-    """Formats with other rotations, by name and seed, as they are and with both scales unbiased."""
+    """Formats with other rotations, by name and seed, as they are and with the least-squares scale for values."""
     found = {name: {seed: altered(name, seed=seed) for seed in SEEDS} for name in SEEDED}
-    both = {
-        f"{name} both scales unbiased": {
-            seed: altered(name, k_rule="unbiased", v_rule="unbiased", seed=seed) for seed in (0, *SEEDS)
+    other = {
+        f"{name} value scale least squares": {
+            seed: altered(name, v_rule="least_squares", seed=seed) for seed in (0, *SEEDS)
         }
         for name in SEEDED
     }
-    return found | both
+    return found | other
 
 
 def _ablations() -> dict[str, Entry]:
@@ -203,14 +206,10 @@ def _ablations() -> dict[str, Entry]:
             f"{name}": base,
             f"{name} without search": altered(name, search=False),
             f"{name} key scale norm": altered(name, k_rule="norm"),
-            f"{name} key scale unbiased": altered(name, k_rule="unbiased"),
             f"{name} key scale least squares": altered(name, k_rule="least_squares"),
             f"{name} value scale norm": altered(name, v_rule="norm"),
-            f"{name} value scale unbiased": altered(name, v_rule="unbiased"),
             f"{name} value scale least squares": altered(name, v_rule="least_squares"),
-            f"{name} both scales unbiased": unbiased(name),
-            f"{name} both scales unbiased, {FOLDED}": folded(unbiased(name)),
-            f"{name} both scales unbiased, {FOLDED}, value mean removed": without_mean(folded(unbiased(name)), "v"),
+            f"{name} both scales least squares": altered(name, k_rule="least_squares", v_rule="least_squares"),
             f"{name} without rotation": altered(name, rotate=False),
             f"{name} 16 outlier channels": format_entry(f"{name}-o16"),
             f"{name} without windows": windows(base, 0, 0),

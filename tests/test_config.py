@@ -76,14 +76,18 @@ def test_what_the_formats_are() -> None:
     fmt = KVFormat.from_name("k3v2-o32", 192)
     assert (fmt.outliers, fmt.channel_count, fmt.v.outliers) == (32, 32, 0)
     assert [(p.channels, p.bits, p.rule, p.search) for p in fmt.k.parts] == [(192, 3, "unbiased", True)]
-    assert [(p.channels, p.bits, p.rule, p.search) for p in fmt.v.parts] == [(192, 2, "least_squares", False)]
+    assert [(p.channels, p.bits, p.rule, p.search) for p in fmt.v.parts] == [(192, 2, "unbiased", False)]
     tq = KVFormat.from_name("tq2.5", 64)
     assert (tq.outliers, tq.channel_count) == (0, 16)
     assert (
         [(p.channels, p.bits) for p in tq.k.parts] == [(p.channels, p.bits) for p in tq.v.parts] == [(16, 3), (48, 2)]
     )
-    assert KVFormat.from_name("k4v4", 64).k.parts[0].rule == "norm"
     assert KVFormat.from_name("k8v4", 64).k.parts[0].rule == "amax"
+    assert KVFormat.from_name("qjl4", 64).k.parts[0].rule == "rms"
+    for name in format_names(64):
+        form = KVFormat.from_name(name, 64)
+        keys_differ = name.startswith(("k8", "qjl"))
+        assert {part.rule for part in form.v.parts + (() if keys_differ else form.k.parts)} == {"unbiased"}
     assert [KVFormat.from_name(name, 64).k.rotate for name in ("k4v4", "k8v4", "qjl3", "lite4")] == [True] * 3 + [False]
     assert KVFormat.from_name("qjl3", 64).k.qjl
     assert not KVFormat.from_name("qjl3", 64).v.qjl

@@ -1,7 +1,7 @@
 """The codec: a vector to codes and scales, and back.
 
-Method: TurboQuant (Zandieh et al., arXiv 2504.19874, Algorithm 1: rotate, then Lloyd-Max per channel) with the scale of
-EDEN (Vargaftik et al., ICML 2022) and a search over it. The `qjl` formats add the paper's Algorithm 2.
+Method: TurboQuant (Zandieh et al., arXiv 2504.19874, Algorithm 1: rotate, then Lloyd-Max per channel) with the unbiased
+scale of EDEN (Vargaftik et al., ICML 2022) and a search over it. The `qjl` formats add the paper's Algorithm 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.codebook import CODEBOOKS, Codebook
-from kvturbo.config import KVFormat, Part, ScaleRule, Side, SideFormat
+from kvturbo.config import KVFormat, Part, Side, SideFormat
 from kvturbo.rotation import gaussian_matrix, rotate, unrotate
 
 FP16_MAX = 65504.0
@@ -173,8 +173,8 @@ def encode_part(y: Tensor, part: Part) -> tuple[Tensor, Tensor]:
     book = CODEBOOKS[part.bits]
     energy = y.square().sum(-1)
     rms = (energy / y.shape[-1]).sqrt()
-    magnitude, dot, cc = _search(y.abs(), rms, book, SEARCH_STEPS if part.search else (1.0,))
-    scale = _scale(part.rule, energy, rms, dot, cc, book)
+    magnitude, dot = _search(y.abs(), rms, book, SEARCH_STEPS if part.search else (1.0,))
+    scale = rms if part.rule == "rms" else torch.where(energy > 0, energy / dot * book.T, 0.0)
     scale = torch.where(torch.isfinite(energy), scale, math.nan)
     codes = magnitude | (y < 0).to(torch.uint8) << (part.bits - 1)
     return codes, to_fp16_scale(scale)
@@ -203,8 +203,8 @@ def to_fp16_scale(scale: Tensor) -> Tensor:
     return scale.clamp(max=FP16_MAX).half()
 
 
-def _search(magnitudes: Tensor, rms: Tensor, book: Codebook, steps: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The candidate scale with the largest <y,c>^2 / <c,c>, the first of equals: magnitude indices, <y,c> and <c,c>.
+def _search(magnitudes: Tensor, rms: Tensor, book: Codebook, steps: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The candidate scale with the largest <y,c>^2 / <c,c>, the first of equals: magnitude indices and <y,c>.
 
     Levels c are in units of 1/T.
     """
@@ -218,7 +218,6 @@ def _search(magnitudes: Tensor, rms: Tensor, book: Codebook, steps: tuple[float,
     return (
         index.gather(0, best.unsqueeze(-1).expand(1, *magnitudes.shape)).squeeze(0),
         dot.gather(0, best).squeeze(0),
-        cc.gather(0, best).squeeze(0),
     )
 
 
@@ -230,16 +229,6 @@ def _table(values: tuple[float, ...], device: str) -> Tensor:
 def _lookup(table: Tensor, index: Tensor) -> Tensor:
     # An index_select of long indices takes a third of the time of table[index].
     return table.index_select(0, index.flatten().long()).view(index.shape)
-
-
-def _scale(rule: ScaleRule, energy: Tensor, rms: Tensor, dot: Tensor, cc: Tensor, book: Codebook) -> Tensor:
-    if rule == "rms":
-        return rms
-    if rule == "least_squares":
-        return dot / cc * book.T
-    if rule == "norm":
-        return (energy / cc).sqrt() * book.T
-    return torch.where(energy > 0, energy / dot * book.T, 0.0)
 
 
 def _quantize_rows(x: Tensor, form: SideFormat, seed: int, channels: Tensor | None) -> Packed:

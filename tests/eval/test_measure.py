@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.eval.calibration import calibrate
-from kvturbo.eval.codec import Codec, packed_codec
+from kvturbo.eval.codec import Codec, packed_codec, rescaled
 from kvturbo.eval.goals import check
 from kvturbo.eval.measure import Passages, RetrievalMeasure, TextMeasure, cut_passages, paired
 from kvturbo.eval.model import LoadedModel
@@ -155,9 +155,11 @@ def test_folding_keeps_the_error_of_scores_where_channels_are_uneven(tiny: Loade
 def test_trellis_codes_beat_the_scalar_code_of_equal_bits() -> None:
     """D of 2-bit Lloyd-Max is 0.1175, Shannon's bound 0.0625; 256 states give about 0.079 (Marcellin and Fischer, table II)."""
     x = torch.randn(256, 128, generator=torch.Generator().manual_seed(5))
-    codec = trellis_values()
+    codec = rescaled(trellis_values(), "least_squares", "v")
     error = ((codec.restore(x[None, None], "v", 0)[0, 0] - x).square().sum() / x.square().sum()).item()
     assert 0.0625 < error < 0.088
+    own = trellis_values().restore(x[None, None], "v", 0)[0, 0]
+    assert ((x * own).sum(-1) / x.square().sum(-1) - 1).abs().max() < 1e-3, "unbiased, as the formats are"
     assert codec.bits_per_element(128) == 2.125
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvturbo.config import KVFormat, Side
 from kvturbo.eval.baselines.sixteen_bit import SixteenBitCache
 from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.codec import SIXTEEN_BIT, Codec, by_layer, centred, mixed, packed_codec, scaled_keys
+from kvturbo.eval.codec import SIXTEEN_BIT, Codec, by_layer, centred, mixed, packed_codec, rescaled, scaled_keys
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.registry import BASELINES
@@ -164,6 +164,25 @@ def test_wrapped_codecs_are_exact_where_theory_says_so() -> None:
     scaled = scaled_keys(Codec("", _noise, lambda d: 1.0), factors).restore(x, "k", 0)
     expected = (x * factors[0][:, None]).round() / factors[0][:, None]
     torch.testing.assert_close(scaled, expected)
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k3v3", "k2v2"])
+def test_other_scales_are_what_their_rules_say(name: str) -> None:
+    """On the same codes: norm keeps |x|, and no multiple of what least squares gives is closer to x."""
+    codec = packed_codec(KVFormat.from_name(name, 64))
+    x = torch.randn(1, 2, 50, 64, generator=torch.Generator().manual_seed(3))
+    x[0, 0, 0] = 0
+    own = codec.restore(x, "v", 0)
+    norm, least = (rescaled(codec, rule, "v").restore(x, "v", 0) for rule in ("norm", "least_squares"))
+    for other in (norm, least):
+        assert (other[0, 0, 0] == 0).all()
+        alike = torch.cosine_similarity(other.double(), own.double(), dim=-1)
+        assert (alike.flatten()[1:] > 1 - 1e-9).all(), "the same codes"
+    torch.testing.assert_close(norm.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close((x * least).sum(-1), least.square().sum(-1))
+    assert ((own - x).norm(dim=-1) >= (least - x).norm(dim=-1) - 1e-5).all()
+    assert not torch.allclose(own, least, rtol=1e-3) and not torch.allclose(own, norm, rtol=1e-3)
+    assert torch.equal(rescaled(codec, "norm", "v").restore(x, "k", 0), codec.restore(x, "k", 0)), "the other side"
 
 
 def test_codecs_by_layer_and_by_side() -> None:

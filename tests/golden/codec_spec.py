@@ -122,11 +122,11 @@ def _int8(out: Encoded, y: np.ndarray) -> tuple[list[int], float]:
     return [int(r) % 256 for r in np.rint(ratio)], step
 
 
-def _lloyd_max(out: Encoded, y: np.ndarray, bits: int, rule: str) -> tuple[list[int], float, np.ndarray]:
+def _lloyd_max(out: Encoded, y: np.ndarray, bits: int, plain: bool) -> tuple[list[int], float, np.ndarray]:
     levels, T = LEVELS[bits]
     rms = np.sqrt((y * y).mean())
     tried = []
-    for j in (-2, -1, 0, 1, 2) if bits > 2 and rule != "rms" else (0,):
+    for j in (-2, -1, 0, 1, 2) if bits > 2 and not plain else (0,):
         bounds = (levels[1:] + levels[:-1]) / 2 * rms * (1 + 0.06 * j) / T
         index = (np.abs(y)[:, None] > bounds).sum(1)
         c = np.sign(y) * levels[index] / T
@@ -134,12 +134,7 @@ def _lloyd_max(out: Encoded, y: np.ndarray, bits: int, rule: str) -> tuple[list[
     scores = sorted(((t[0], -i) for i, t in enumerate(tried)), reverse=True)
     _, index, c, margin = tried[-scores[0][1]]
     out.near(margin, np.abs(y).min() / rms, 1 - scores[1][0] / scores[0][0] if len(scores) > 1 else np.inf)
-    scale = {
-        "rms": rms,
-        "least_squares": y @ c / (c @ c),
-        "norm": np.sqrt(y @ y / (c @ c)),
-        "unbiased": y @ y / (y @ c),
-    }[rule]
+    scale = rms if plain else y @ y / (y @ c)
     codes = [int(i) + (1 << (bits - 1)) * bool(negative) for i, negative in zip(index, y < 0, strict=True)]
     rounded = _fp16(out, scale)
     return codes, rounded, rounded * c
@@ -163,8 +158,7 @@ def encode(x: np.ndarray, name: str, side: str, seed: int) -> Encoded:
         if bits == 8:
             codes, scale = _int8(out, y)
         else:
-            rule = "least_squares" if side == "v" else "rms" if qjl else "norm" if bits == 4 else "unbiased"
-            codes, scale, decoded = _lloyd_max(out, y, bits, rule)
+            codes, scale, decoded = _lloyd_max(out, y, bits, plain=qjl)
         out.codes += codes
         out.scales.append(scale)
     if qjl:

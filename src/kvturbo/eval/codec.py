@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat, Side
@@ -114,6 +116,36 @@ def centred(codec: Codec, means: Mapping[int, Tensor], side: Side) -> Codec:
             return codec.restore(x, given, layer)
         mean = means[layer].to(x).unsqueeze(1)
         return codec.restore(x - mean, given, layer) + mean
+
+    return replace(codec, restore=restore)
+
+
+OtherRule = Literal["norm", "least_squares"]
+"""Scale rules that formats do not have: |x^| = |x|, and the smallest |x - x^|."""
+
+
+def rescaled(codec: Codec, rule: OtherRule, side: Side) -> Codec:
+    """Every vector of one side with another scale on the same codes, in fp32.
+
+    A rotation changes neither <x, x^> nor |x^|, so this is the rule on the rotated vector where all of it is one part.
+    Source: Vargaftik et al., DRIVE (NeurIPS 2021) and EDEN (ICML 2022).
+
+    Args:
+        codec: what stores them.
+        rule: the scale.
+        side: which vectors.
+    """
+
+    def restore(x: Tensor, given: Side, layer: int) -> Tensor:
+        back = codec.restore(x, given, layer)
+        if given != side:
+            return back
+        energy = back.square().sum(-1, keepdim=True)
+        if rule == "norm":
+            factor = (x.square().sum(-1, keepdim=True) / energy).sqrt()
+        else:
+            factor = (x * back).sum(-1, keepdim=True) / energy
+        return back * torch.where(energy == 0, 1.0, factor)
 
     return replace(codec, restore=restore)
 

@@ -62,7 +62,7 @@ def ablation(report: Report) -> str:
 
 
 def rotations(report: Report) -> str:
-    """Mean KL over rotations: of formats as they are, and with unbiased scales on both sides."""
+    """Mean KL over rotations: of formats as they are, and with the least-squares scale for values."""
     cells = []
     for name in dict.fromkeys(row["name"] for row in _rows(report, section="seeds")):
         found = over_rotations(report["rows"], name)

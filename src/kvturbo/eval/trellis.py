@@ -25,14 +25,15 @@ ROWS_AT_ONCE = 1 << 13
 
 
 def trellis_values() -> Codec:
-    """Vectors rotated, in units of their rms, with a least-squares scale in fp16."""
+    """Vectors rotated, in units of their rms, with the formats' unbiased scale in fp16."""
 
     def restore(x: Tensor, side: Side, layer: int) -> Tensor:
         rows = rotate(x, 0).reshape(-1, x.shape[-1])
         rms = rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
         table = levels().to(x.device)
         back = torch.cat([encode(piece, table) for piece in (rows / rms).split(ROWS_AT_ONCE)])
-        scale = (rows * back).sum(-1, keepdim=True) / back.square().sum(-1, keepdim=True)
+        energy = rows.square().sum(-1, keepdim=True)
+        scale = torch.where(energy > 0, energy / (rows * back).sum(-1, keepdim=True), 0.0)
         return unrotate((back * scale.half().float()).view(x.shape), 0)
 
     return Codec("2-bit trellis code with 256 states", restore, lambda d: 2 * (d * BITS / 8 + 2))

@@ -75,30 +75,24 @@ DEV u16 to_half_scale(float s) {
   return float_to_half(s > 65504.f ? 65504.f : s);
 }
 
-struct Sums { float dot, cc; };  // <y,c> and <c,c> with c in units of 1 / T
-
-// 2 bits: no search. Magnitudes as bytes.
-template <int L> DEV Sums plain_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], int l) {
-  Sums best = {0, 0};
+// 2 bits: no search. Magnitudes as bytes. Returns <y,c> with c in units of 1 / T.
+template <int L> DEV float plain_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], int l) {
+  float dot = 0;
   const float threshold = twice_threshold<2>(0) / 2 * (rms * (float)(1 / CODEBOOK_T[2]));
   UNROLL for (int m = 0; m < PER_LANE<L, 4> / 4; m++) {
     codes[m] = 0;
     if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++) {
       const float x = fabsf(y[4 * m + i]);
       const bool large = x > threshold;
-      const float c = large ? MAGNITUDES[2][1] : MAGNITUDES[2][0];
-      best.dot = fmaf(c, x, best.dot);
-      best.cc = fmaf(c, c, best.cc);
+      dot = fmaf(large ? MAGNITUDES[2][1] : MAGNITUDES[2][0], x, dot);
       if (large) codes[m] |= 1u << 8 * i;
     }
   }
-  best.dot = group_sum<L>(best.dot);
-  best.cc = group_sum<L>(best.cc);
-  return best;
+  return group_sum<L>(dot);
 }
 
-// The candidate with the largest <y,c>^2 / <c,c>, the first of equals.
-template <int L, int BITS> DEV Sums searched_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], const Search& s, int l) {
+// The candidate with the largest <y,c>^2 / <c,c>, the first of equals. Returns its <y,c>.
+template <int L, int BITS> DEV float searched_codes(const float (&y)[PER_LANE<L, 4>], float rms, u32 (&codes)[PER_LANE<L, 4> / 4], const Search& s, int l) {
   constexpr int N = PER_LANE<L, 4>;
   const float largest = rms * STEPS[4] * (float)(1 / CODEBOOK_T[BITS]), inverse = largest > 0 ? __fdiv_rn(2.f, largest) : 0.f;
   float ratio[N];  // |y| over the next threshold, both at the largest scale: the magnitude is the next one at scales below that
@@ -117,22 +111,20 @@ template <int L, int BITS> DEV Sums searched_codes(const float (&y)[PER_LANE<L, 
     }
   }
   UNROLL for (int j = 0; j < 5; j++) { dot[j] = group_sum<L>(dot[j]); cc[j] = group_sum<L>(cc[j]); }
-  Sums best = {0, 0};
-  float objective = -1, limit = INF;
+  float best = 0, objective = -1, limit = INF;
   UNROLL for (int j = 0; j < 5; j++) {
     const float d = j < 4 ? dot[4] + dot[j] : dot[4], c = j < 4 ? cc[4] + cc[j] : cc[4], o = __fdividef(__fmul_rn(d, d), c);
-    if (o > objective) { objective = o; best = {d, c}; limit = j < 4 ? STEPS[j] / STEPS[4] : INF; }
+    if (o > objective) { objective = o; best = d; limit = j < 4 ? STEPS[j] / STEPS[4] : INF; }
   }
-  best.dot = inverse > 0 ? __fdiv_rn(best.dot, inverse) : 0.f;
   UNROLL for (int m = 0; m < N / 4; m++) {
     codes[m] = codes[m] >> 4 & 0x0f0f0f0fu;
     if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++) if (ratio[4 * m + i] > limit) codes[m] += 1u << 8 * i;
   }
-  return best;
+  return inverse > 0 ? __fdiv_rn(best, inverse) : 0.f;
 }
 
 // Lloyd-Max codes as bytes, and the fp16 scale.
-template <bool V, int L, int BITS> DEV u16 encode(const float (&y)[PER_LANE<L, 4>], u32 (&codes)[PER_LANE<L, 4> / 4], const Search& s, int l) {
+template <int L, int BITS> DEV u16 encode(const float (&y)[PER_LANE<L, 4>], u32 (&codes)[PER_LANE<L, 4> / 4], const Search& s, int l) {
   constexpr int N = PER_LANE<L, 4>;
   constexpr float T = (float)CODEBOOK_T[BITS];
   float energy = 0;
@@ -140,19 +132,16 @@ template <bool V, int L, int BITS> DEV u16 encode(const float (&y)[PER_LANE<L, 4
     if (has_chunk<L, 4>(m, l)) UNROLL for (int i = 0; i < 4; i++) energy = fmaf(y[4 * m + i], y[4 * m + i], energy);
   energy = group_sum<L>(energy);
   const float rms = __fsqrt_rn(__fdiv_rn(energy, (float)D));
-  Sums best;
-  if constexpr (BITS == 2) best = plain_codes<L>(y, rms, codes, l);
-  else best = searched_codes<L, BITS>(y, rms, codes, s, l);
+  float dot;
+  if constexpr (BITS == 2) dot = plain_codes<L>(y, rms, codes, l);
+  else dot = searched_codes<L, BITS>(y, rms, codes, s, l);
   const bool finite = is_finite(energy);
   constexpr u32 SIGN = LEVELS<BITS>;
   UNROLL for (int m = 0; m < N / 4; m++) {
     if (!finite) codes[m] = 0;
     UNROLL for (int i = 0; i < 4; i++) if (y[4 * m + i] < 0) codes[m] |= SIGN << 8 * i;
   }
-  float scale;
-  if (V) scale = __fdiv_rn(best.dot, best.cc) * T;                               // least squares
-  else if (BITS == 4) scale = __fsqrt_rn(__fdiv_rn(energy, best.cc)) * T;        // norm
-  else scale = energy > 0 ? __fdiv_rn(energy, best.dot) * T : 0.f;               // unbiased
+  const float scale = energy > 0 ? __fdiv_rn(energy, dot) * T : 0.f;
   return to_half_scale(finite ? scale : __int_as_float(0x7fffffff));
 }
 
@@ -236,7 +225,7 @@ template <bool V, int L> DEV void make_codes(const Params& p, const Place& place
   }
   u16 scale;
   if constexpr (BITS == 8) scale = encode_int8<L, N>(y, codes);
-  else scale = encode<V, L, BITS>(y, codes, search[V ? V_SEARCH : 0], l);
+  else scale = encode<L, BITS>(y, codes, search[V ? V_SEARCH : 0], l);
   if (l == 0) place.put_half(V ? V_SCALE : K_SCALE, scale);
   if (BITS == 8)
     UNROLL for (int m = 0; m < N / 4; m++)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Store in Triton: rotation, scale search, scale rule and packing of keys and values in one launch.
+"""Store in Triton: rotation, scale search and packing of keys and values in one launch.
 
 A program takes some tokens of one KV head and one side. Words whose bits belong to several slots are changed by their owners alone,
 each with one atomic XOR of (word ^ new) & bits; whole words are written plainly.
@@ -70,7 +70,7 @@ def _half_scale(scale):
 
 
 @triton.jit
-def _encode(y, m_column, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr):
+def _encode(y, m_column, BITS: tl.constexpr, D: tl.constexpr):
     """Magnitude indices, signs and fp16 scales of rotated vectors y [rows, n]; places outside m_column are 0."""
     size = tl.abs(y)
     energy = tl.sum(y * y, 1)
@@ -81,7 +81,6 @@ def _encode(y, m_column, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr
     if BITS > 2:
         score = tl.full(energy.shape, float("-inf"), tl.float32)
         dot = energy
-        cc = energy
         best = unit
         for j in tl.static_range(5):
             candidate = rms * SEARCH[j] * INVERSE
@@ -90,25 +89,17 @@ def _encode(y, m_column, BITS: tl.constexpr, RULE: tl.constexpr, D: tl.constexpr
             new_cc = tl.sum(tl.where(m_column, level * level, 0.0), 1)
             new_score = new_dot * new_dot / new_cc
             if j == 0:
-                score, dot, cc, best = new_score, new_dot, new_cc, candidate
+                score, dot, best = new_score, new_dot, candidate
             else:
                 better = new_score > score
                 score = tl.where(better, new_score, score)
                 dot = tl.where(better, new_dot, dot)
-                cc = tl.where(better, new_cc, cc)
                 best = tl.where(better, candidate, best)
         unit = best
     index = _indices(size, unit, BITS)
     if BITS == 2:
-        level = _magnitudes(index, BITS)
-        dot = tl.sum(size * level, 1)
-        cc = tl.sum(tl.where(m_column, level * level, 0.0), 1)
-    if RULE == "least_squares":
-        scale = tl.div_rn(dot, cc) * T
-    elif RULE == "norm":
-        scale = tl.sqrt_rn(tl.div_rn(energy, cc)) * T
-    else:
-        scale = tl.where(energy > 0, tl.div_rn(energy, dot) * T, 0.0)
+        dot = tl.sum(size * _magnitudes(index, BITS), 1)
+    scale = tl.where(energy > 0, tl.div_rn(energy, dot) * T, 0.0)
     scale = tl.where(energy < float("inf"), scale, float("nan"))
     return index, (y < 0).to(tl.uint32), _half_scale(scale)
 
@@ -236,7 +227,7 @@ def _store_outliers(
 def _store_keys(
     x, base, slot, m_row, turn, outlier_channels, norm,
     D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr, ROTATE: tl.constexpr,
-    RULE: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALE: tl.constexpr, OUTLIERS: tl.constexpr,
+    K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALE: tl.constexpr, OUTLIERS: tl.constexpr,
     OUT_CODES: tl.constexpr, OUT_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Encodes keys of tokens [ROWS] and writes them into their slots."""
@@ -260,7 +251,7 @@ def _store_keys(
         tl.store(codes + address, first, mask=m_unit)
         tl.store(codes + address + 1, second, mask=m_unit & (is_half == 0))
     else:
-        index, negative, scale = _encode(y, m_place[None, :], KB, RULE, D)
+        index, negative, scale = _encode(y, m_place[None, :], KB, D)
         if KB == 4:
             word = _unit_words(index, 4 * e, U, ROWS)
             sign = _unit_words(negative, tl.where(e < 4, 8 * e + 7, 8 * e - 29), U, ROWS)
@@ -330,13 +321,13 @@ def _put_values(
 @triton.jit
 def _store_values(
     x, pages, offset, slot, m_row, turn, norm,
-    D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, ROTATE: tl.constexpr, RULE: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, DV: tl.constexpr, VB: tl.constexpr, ROTATE: tl.constexpr,
     V_CODES: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Encodes values of tokens [ROWS] and writes them into their slots."""
     y = _rotate_values(x, turn, m_row, ROTATE, D, DV, ROWS, EXACT, DOT) * norm
-    index, negative, scale = _encode(y, (tl.arange(0, DV) < D)[None, :], VB, RULE, D)
+    index, negative, scale = _encode(y, (tl.arange(0, DV) < D)[None, :], VB, D)
     tl.store((pages + offset + V_SCALE).to(tl.pointer_type(tl.float16)) + slot, scale, mask=m_row)
 
     r = tl.arange(0, ROWS)
@@ -388,8 +379,8 @@ def _store(
     D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
     VB: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, V_CODES: tl.constexpr, V_SIGNS: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr,
-    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, ROTATE: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
-    ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, ROTATE: tl.constexpr, ROWS: tl.constexpr,
+    EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one KV head, keys or values."""
     head = tl.program_id(1)
@@ -404,12 +395,12 @@ def _store(
         _store_keys(
             k + token * k_stride_t + head.to(tl.int64) * k_stride_h, pages + offset, slot, m_row, k_turn,
             outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_turn, norm,
-            D, P, SP, DV, KB, ROTATE, K_RULE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
+            D, P, SP, DV, KB, ROTATE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
     else:
         _store_values(
             v + token * v_stride_t + head.to(tl.int64) * v_stride_h, pages, offset, slot, m_row, v_turn, norm,
-            D, P, DV, VB, ROTATE, V_RULE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
+            D, P, DV, VB, ROTATE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
 
 
@@ -450,6 +441,5 @@ def store(
         tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0) // 16,
         norm, ROTATE=fmt.k.rotate,
         **common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2])), PAGE_BYTES=pages.shape[2],
-        K_RULE=fmt.k.parts[0].rule, V_RULE=fmt.v.parts[0].rule, ROWS=rows,
-        EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=4, num_stages=1,
+        ROWS=rows, EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=4, num_stages=1,
     )  # fmt: skip
