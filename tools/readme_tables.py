@@ -1,9 +1,8 @@
-"""Fills the tables of README.md and docs/quality.md from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Fills the tables of README.md and docs/ from benchmarks/results/*.json, so that no figure is typed by hand.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. A results file of docs/quality.md may be missing:
-its tables then say so.
+A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. Where a results file is missing its tables say so.
 
-    python tools/readme_tables.py            # rewrite the documents, and draw docs/images/quality-*.svg
+    python tools/readme_tables.py            # rewrite the documents, and draw docs/images/*.svg
     python tools/readme_tables.py --check    # exit code 1 if a document differs from what the results say
 """
 
@@ -13,19 +12,26 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvturbo.bench import plots as bench_plots
+from kvturbo.bench import tables as bench_tables
 from kvturbo.cli import demo, info
 from kvturbo.eval import comparison
-from kvturbo.eval.report import markdown_table
+from kvturbo.eval.report import markdown_table, not_measured
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = "docs/images"
+
+Report = dict[str, Any]
+Render = Callable[[Report], str]
+Tables = Mapping[str, tuple[str, Render]]
 
 
-def demo_table(report: dict[str, Any]) -> str:
+def demo_table(report: Report) -> str:
     """Table, notes and machine of a demo report."""
     facts = report["environment"]
     versions = facts["versions"]
@@ -37,7 +43,7 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n\n".join([markdown_table(demo.HEADER, rows), demo.notes(report), machine])
 
 
-def formats_table(report: dict[str, Any]) -> str:
+def formats_table(report: Report) -> str:
     """The table of `kvturbo info`."""
     rows = [(f"`{name}`", *rest) for name, *rest in (info.cells(facts) for facts in report["formats"])]
     note = (
@@ -47,23 +53,39 @@ def formats_table(report: dict[str, Any]) -> str:
     return "\n\n".join([markdown_table(info.HEADER, rows), note])
 
 
-Tables = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
-TABLES: Tables = {
-    "demo": ("demo-cpu.json", demo_table),
-    "formats": ("formats.json", formats_table),
+def of_file(file: str, tables: Mapping[str, Render]) -> Tables:
+    """Tables that are all made from one file of results."""
+    return {name: (file, render) for name, render in tables.items()}
+
+
+DECODE, STORE, QUALITY = "decode-h200.json", "store-h200.json", "quality.json"
+SCRIPTS = {
+    "demo-cpu.json": "-m kvturbo demo",
+    "formats.json": "-m kvturbo info --json",
+    DECODE: bench_tables.DECODE_SCRIPT,
+    STORE: bench_tables.STORE_SCRIPT,
+    QUALITY: "benchmarks/quality.py",
 }
-QUALITY_TABLES: Tables = {name: ("quality.json", render) for name, render in comparison.TABLES.items()}
-DOCUMENTS = {"README.md": TABLES, "docs/quality.md": QUALITY_TABLES}
-IMAGES = "docs/images"
+"""What makes each file of results."""
+DOCUMENTS: dict[str, Tables] = {
+    "README.md": {
+        "fast": (DECODE, bench_tables.fast),
+        "demo": ("demo-cpu.json", demo_table),
+        "formats": ("formats.json", formats_table),
+    },
+    "docs/quality.md": of_file(QUALITY, comparison.TABLES),
+    "docs/performance.md": of_file(DECODE, bench_tables.DECODE_TABLES) | of_file(STORE, bench_tables.STORE_TABLES),
+}
+PLOTS: dict[str, Callable[[Report, Path], list[Path]]] = {QUALITY: comparison.plots, DECODE: bench_plots.plots}
 
 
-def filled(text: str, tables: Tables = TABLES, document: str = "README.md") -> str:
-    """The text with every table made anew.
+def filled(text: str, document: str = "README.md") -> str:
+    """The text of a document with every table made anew.
 
     Raises:
         ValueError: a table has no place in the text, or more than one.
     """
-    for name, (file, render) in tables.items():
+    for name, (file, render) in DOCUMENTS[document].items():
         block = f"<!-- table:{name} -->\n\n{rendered(file, render)}\n\n<!-- /table:{name} -->"
         pattern = f"<!-- table:{name} -->.*?<!-- /table:{name} -->"
         text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
@@ -72,12 +94,23 @@ def filled(text: str, tables: Tables = TABLES, document: str = "README.md") -> s
     return text
 
 
-def rendered(file: str, render: Callable[[dict[str, Any]], str]) -> str:
-    """A table of a results file; of docs/quality.md's, what stands in its place while the file is missing."""
+def rendered(file: str, render: Render) -> str:
+    """A table of a results file, or what stands in its place while the file is missing."""
+    report = results(file)
+    return not_measured(SCRIPTS[file]) if report is None else render(report)
+
+
+def results(file: str) -> Report | None:
+    """What a file of results holds, or None if it is missing."""
     path = RESULTS / file
-    if file == "quality.json" and not path.is_file():
-        return comparison.MISSING
-    return render(json.loads(path.read_text()))
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def draw() -> None:
+    """Draws the plots of the files that there are."""
+    for file, plots in PLOTS.items():
+        if (report := results(file)) is not None:
+            plots(report, ROOT / IMAGES)
 
 
 def main() -> int:
@@ -86,17 +119,17 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
     different = []
-    for name, tables in DOCUMENTS.items():
+    for name in DOCUMENTS:
         before = (ROOT / name).read_text()
-        after = filled(before, tables, name)
+        after = filled(before, name)
         if check and before != after:
             different.append(name)
-        elif not check:
+        elif not check and before != after:
             (ROOT / name).write_text(after)
     for name in different:
         print(f"{name} differs from benchmarks/results: run python tools/readme_tables.py", file=sys.stderr)
-    if not check and (RESULTS / "quality.json").is_file():
-        comparison.plots(json.loads((RESULTS / "quality.json").read_text()), ROOT / IMAGES)
+    if not check:
+        draw()
     return int(bool(different))
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kvturbo.eval.goals import Row, check, find, over_rotations
-from kvturbo.eval.report import markdown_table
+from kvturbo.eval.report import markdown_table, not_measured
 
 Report = dict[str, Any]
 ABLATED = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2")
 HARD, EASY = "hard-8k", "multikey-8k"
 FOLDED = ", weights folded"
-MISSING = "Not measured yet: `python benchmarks/quality.py` makes the rows."
+MISSING = not_measured("benchmarks/quality.py")
 
 
 def conditions(report: Report) -> str:

@@ -67,7 +67,7 @@ def divergence_by_bits(rows: Sequence[Row], path: Path) -> Path:
         rows: `name`, `source`, `bits_at_8k`, `kl_mean`, `kl_p99.9` of every format.
         path: the file to write.
     """
-    figure, panels = _figure(12, 5, 2)
+    figure, panels = new_figure(12, 5, 2)
     for axes, key, label in zip(panels, ("kl_mean", "kl_p99.9"), ("mean", "99.9 % quantile of"), strict=True):
         for ours in (True, False):
             chosen = [r for r in rows if str(r["source"]).startswith("kvturbo") == ours and r[key]]
@@ -79,7 +79,7 @@ def divergence_by_bits(rows: Sequence[Row], path: Path) -> Path:
         axes.set(xlabel="bits per element at 8k, windows counted", ylabel=f"{label} KL [nats/token]", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    return _save(figure, path)
+    return save_svg(figure, path)
 
 
 def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
@@ -90,7 +90,7 @@ def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
         path: the file to write.
     """
     kinds = list(dict.fromkeys(row["setting"].rpartition("-")[0] for row in rows))
-    figure, panels = _figure(3.2 * len(kinds), 3.6, len(kinds))
+    figure, panels = new_figure(3.2 * len(kinds), 3.6, len(kinds))
     names = list(dict.fromkeys(row["name"] for row in rows if row["section"] == "length"))
     for axes, kind in zip(panels, kinds, strict=True):
         for shift, name in enumerate(names):
@@ -110,7 +110,7 @@ def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("answered exactly [%]")
     panels[-1].legend(fontsize=6)
-    return _save(figure, path)
+    return save_svg(figure, path)
 
 
 def divergence_by_layer(rows: Sequence[Row], path: Path) -> Path:
@@ -120,7 +120,7 @@ def divergence_by_layer(rows: Sequence[Row], path: Path) -> Path:
         rows: `name`, `setting` (such as `k 3`: keys of layer 3), `kl_mean`.
         path: the file to write.
     """
-    figure, (axes,) = _figure(7, 3.6, 1)
+    figure, (axes,) = new_figure(7, 3.6, 1)
     for side, label, shift in (("k", "keys", -0.2), ("v", "values", 0.2)):
         found = {int(r["setting"].split()[1]): r["kl_mean"] for r in rows if r["setting"].startswith(side)}
         layers = sorted(found)
@@ -128,10 +128,11 @@ def divergence_by_layer(rows: Sequence[Row], path: Path) -> Path:
     axes.set(xlabel="layer", ylabel="mean KL [nats/token]", yscale="log", title=f"{rows[0]['name']} in one layer only")
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
-    return _save(figure, path)
+    return save_svg(figure, path)
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
+def new_figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
+    """A figure of that many inches with panels side by side, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -140,7 +141,7 @@ def _figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_svg(figure: Any, path: Path) -> Path:
     """SVG without a date and with ids that depend on the content only, so that the same rows give the same file."""
     import matplotlib
 

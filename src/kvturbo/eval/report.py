@@ -98,6 +98,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *rows])
 
 
+def not_measured(script: str) -> str:
+    """What a document says in place of rows that there are not."""
+    return f"Not measured yet: `python {script}` makes the rows."
+
+
 def size(nbytes: float) -> str:
     """Bytes for people: 1,234 B or 1.2 MiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):

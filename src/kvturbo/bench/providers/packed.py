@@ -22,4 +22,6 @@ def prepare(inputs: Inputs, backend: str) -> Call:
 
 
 PROVIDERS.register("kvturbo")(Provider(lambda inputs: prepare(inputs, "auto"), packed=True))
-PROVIDERS.register("kvturbo_triton")(Provider(lambda inputs: prepare(inputs, "triton"), packed=True, every_format=False))
+PROVIDERS.register("kvturbo_triton")(
+    Provider(lambda inputs: prepare(inputs, "triton"), packed=True, every_format=False)
+)
