@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvturbo import ops
-from kvturbo.config import KVFormat
+from kvturbo.config import PAGE_SIZE, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.ops import backends
 from kvturbo.pool import PagePool
@@ -46,7 +46,7 @@ class PagedKVCache:
         num_layers: int,
         num_kv_heads: int,
         num_pages: int,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
         outlier_channels: Tensor | None = None,
         backend: str = "auto",

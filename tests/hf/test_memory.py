@@ -75,7 +75,7 @@ def test_windows_count_as_bytes() -> None:
 def test_pages_grow_by_little() -> None:
     model = tiny("llama")
     model.set_attn_implementation("kvturbo")
-    cache = TurboCache(model.config, "k4v4")
+    cache = TurboCache(model.config, "k4v4", page_size=16)
     feed(model, cache, prompt(2, 100), [100])
     pages = cache.store.groups[0].pages
     assert pages.num_pages == 2 * 7
@@ -112,7 +112,7 @@ def test_reset_gives_the_pages_back() -> None:
 def test_max_tokens_fixes_the_size_and_overflow_changes_nothing(format: Any) -> None:
     model = tiny("llama")
     model.set_attn_implementation("kvturbo")
-    cache = TurboCache(model.config, format, max_tokens=48)
+    cache = TurboCache(model.config, format, max_tokens=48, page_size=16)
     assert cache.get_max_length() == 48
     feed(model, cache, prompt(2, 40), [40])
     before = cache.nbytes(), cache.tokens, cache.packed_tokens
@@ -133,7 +133,7 @@ def test_max_tokens_fixes_the_size_and_overflow_changes_nothing(format: Any) -> 
 def test_overflow_of_an_empty_cache_leaves_it_empty() -> None:
     model = tiny("llama")
     model.set_attn_implementation("kvturbo")
-    cache = TurboCache(model.config, "k4v4", max_tokens=16)
+    cache = TurboCache(model.config, "k4v4", max_tokens=16, page_size=16)
     with pytest.raises(OutOfPagesError, match="2 needed, 1 of 1 free, 1 missing"):
         feed(model, cache, prompt(1, 20), [20])
     assert cache.tokens == 0 and cache.nbytes() == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kvturbo.config import PAGE_SIZE
 from kvturbo.guard.plan import Plan, read_plan
 from kvturbo.hf.geometry import (
     SIXTEEN_BIT,
@@ -72,7 +73,7 @@ class TurboCache(Cache):
         plan: Plan | str | Path | None = None,
         recent: Window = None,
         sink: Window = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         max_tokens: int | None = None,
         outlier_channels: Mapping[int, Tensor] | None = None,
         seed: int = 0,

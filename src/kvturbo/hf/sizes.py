@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from kvturbo.config import KVFormat
+from kvturbo.config import PAGE_SIZE, KVFormat
 from kvturbo.guard.plan import SIXTEEN_BIT, LayerPlan, Plan
 from kvturbo.hf.geometry import windows_of
-
-PAGE_SIZE = 16
 
 
 def windows_of_layer(layer: LayerPlan) -> tuple[int, int]:
