@@ -60,7 +60,10 @@ def speed_by_format(rows: list[Row], path: Path) -> Path:
     axes.plot([1, max(ratios)], [1, max(ratios)], color="0.6", linewidth=0.8, label="time in proportion to bytes")
     axes.plot(ratios, speeds, "o", label="kvturbo", markersize=4)
     for row, x, y in zip(rows, ratios, speeds, strict=True):
-        axes.annotate(row["format"], (x, y), xytext=(5, -8), textcoords="offset points", fontsize=7)
+        above = any(x == other and y > speed for other, speed in zip(ratios, speeds, strict=True))
+        place = {"xytext": (-5, 4), "ha": "right"} if above else {"xytext": (5, -8)}
+        axes.annotate(row["format"], (x, y), textcoords="offset points", fontsize=7, **place)
+    axes.margins(x=0.1)
     axes.set(xlabel="bf16 bytes over packed bytes", ylabel="time of FA3 bf16 over kvturbo's")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -55,7 +55,7 @@ def conditions(report: Report) -> str:
 def summary(report: Report) -> str:
     """Per baseline how kvturbo's default format does over all shapes."""
     cells = []
-    for name, label in BASELINES.items():
+    for name, label in OTHERS.items():
         rows = [row for row in report["rows"] if row["format"] == BASE.format]
         ratios = [ratio for row in rows if (ratio := speed(row, name)) is not None]
         if ratios:
