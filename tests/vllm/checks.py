@@ -219,7 +219,7 @@ def ngram() -> str:
 def preemption() -> str:
     """More sequences than fit: some are thrown out and computed again."""
     texts = prompts(8, 700)
-    blocks = 8 * 700 // 16 + 8  # all prompts, and hardly a token more
+    blocks = 8 * 704 // 32 + 8  # all prompts, and hardly a token more
     with engine("auto") as llm:
         wanted = generate(llm, texts, 96)
     with engine(num_gpu_blocks_override=blocks, max_model_len=1024, max_num_batched_tokens=CHUNK) as llm:
@@ -295,7 +295,7 @@ def mamba() -> str:
 @check
 def cpu_offload() -> str:
     """Blocks go to the host's memory and come back: the second time the prompts are found there."""
-    few = {"num_gpu_blocks_override": 4 * PROMPT_TOKENS // 16 + 64, "max_model_len": 2048}
+    few = {"num_gpu_blocks_override": 4 * PROMPT_TOKENS // 32 + 32, "max_model_len": 2048}
     with engine(enable_prefix_caching=True, kv_offloading_size=1.0, max_num_batched_tokens=8192, **few) as llm:
         first = generate(llm, prompts())
         generate(llm, prompts(8)[4:])  # pushes the first ones out

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvturbo import KVFormat
+from kvturbo.guard import LayerPlan, Plan, read_plan, write_plan
 from kvturbo.vllm import channels, report
 from kvturbo.vllm.channels import SPIKED_SHARE, Checkpoint, heads_of_rank, outlier_channels
 
@@ -144,3 +145,79 @@ def test_a_large_bias_is_warned_of_once_where_the_format_will_not_do(
         report._warn_of_spikes([layer], _config(folder, 4))
     assert ("k_proj.bias; such models lose accuracy" in caplog.text) == warned
     assert len(caplog.records) == warned and (not warned or "kvturbo_k4v4-o16" in caplog.text)
+
+
+def _write_plan(folder: Path, heads: int = 4, head_dim: int = 128, **formats: str) -> list[list[int]]:
+    """A plan for layers 0 to 3 beside the model, whose channels the weights would not give."""
+    rows = [[head + i for i in range(8)] + [head + 64 + i for i in range(8)] for head in range(heads)]
+    layers = {i: LayerPlan(formats.get(f"layer{i}", "k4v4"), heads, head_dim, channels={16: rows}) for i in range(4)}
+    write_plan(folder, Plan(layers))
+    return rows
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_plan_beside_the_model_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str) -> None:
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": _biased()[0]})
+    wanted = _write_plan(folder)
+    for rank in range(2):
+        monkeypatch.setattr(channels, "tensor_rank", lambda rank=rank: rank)
+        chosen = outlier_channels(MODULE, FMT, 2, _config(folder, 4, 2, load_format))
+        assert chosen.tolist() == wanted[2 * rank : 2 * rank + 2] and chosen.dtype == torch.int64
+    config = _config(folder, 4)
+    assert channels.source_of_channels(config.model_config, config.load_config) == str(folder / "kvturbo.json")
+
+
+@pytest.mark.parametrize(
+    "plan, name, layer, message",
+    [
+        ({"heads": 2}, "k4v4-o16", LAYER, "is for another model: layer 3 has 2 KV heads of 128 there, 4 of 128 here"),
+        ({}, "k4v4-o32", LAYER, r"has no 32 outlier channels for layer 3, but \[16\]"),
+        (
+            {},
+            "k4v4-o16",
+            "model.layers.7.self_attn.attn",
+            "has no layer for model.layers.7.self_attn.attn; it has 0, 1, 2, 3",
+        ),
+    ],
+    ids=["shape", "count", "layer"],
+)
+def test_a_plan_for_something_else_is_refused(
+    tmp_path: Path, plan: dict[str, Any], name: str, layer: str, message: str
+) -> None:
+    _write_plan(tmp_path, **plan)
+    module = SimpleNamespace(layer_name=layer, is_draft_layer=False)
+    with pytest.raises(ValueError, match=message):
+        outlier_channels(module, KVFormat.from_name(name, 128), 4, _config(tmp_path, 4))
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("k4v4", "k4v4-o16 for layers 0, 3; 16bit for layers 2; use --kv-cache-dtype kvturbo_k4v4-o16 and "
+                 "--kv-cache-dtype-skip-layers 2"),
+        ("k4v4-o16", "16bit for layers 2; use --kv-cache-dtype-skip-layers 2"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_wants_more_than_the_flag_gives_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str, wanted: str
+) -> None:
+    _write_plan(tmp_path, layer0="k4v4-o16", layer2="16bit", layer3="k4v4-o16")
+    fmt = KVFormat.from_name(given, 128)
+    layers = [report.Layer(f"model.layers.{i}.self_attn.attn", fmt, "", 1.0, 1.0, False) for i in range(4)]
+    report._SAID.clear()
+    for _ in range(2):
+        report._warn_of_plan(layers, read_plan(tmp_path), "kvturbo.json")
+    assert len(caplog.records) == 1
+    assert caplog.text.rstrip().endswith(
+        f"kvturbo.json asks for more than {given}, which --kv-cache-dtype gives to every packed layer: {wanted}"
+    )
+
+
+def test_a_plan_that_the_flag_satisfies_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write_plan(tmp_path, layer0="k4v3")
+    layers = [
+        report.Layer(LAYER.replace("3", str(i)), KVFormat.from_name("k4v4", 128), "", 1, 1, False) for i in range(4)
+    ]
+    report._SAID.clear()
+    report._warn_of_plan(layers, read_plan(tmp_path), "kvturbo.json")
+    assert not caplog.records

@@ -11,6 +11,7 @@ import torch
 import vllm_models as models
 import vllm_standin
 from kvturbo import KVFormat
+from kvturbo.config import PAGE_SIZE
 from kvturbo.layout import PageLayout
 from kvturbo.vllm.formats import cache_dtypes, format_of
 
@@ -81,7 +82,7 @@ def test_every_cache_dtype_packs_all_layers_of_a_dense_model(cache_dtype: str) -
     assert packed_layers(plan) == list(plan.specs)
     for name, spec in plan.specs.items():
         assert plan.backend(name).cache_dtype == cache_dtype  # type: ignore[attr-defined]
-        assert spec.page_size_bytes == 2 * fmt.page_bytes(16), name
+        assert spec.page_size_bytes == 2 * fmt.page_bytes(PAGE_SIZE), name
 
 
 def test_a_token_of_qwen_7b_takes_its_bytes_and_nothing_else() -> None:
@@ -124,6 +125,61 @@ def test_layers_get_whole_aligned_pages(
         assert (pages == 7).all(), "a page reaches beyond its layer's tensor"
 
 
+@pytest.mark.parametrize("model", [models.DENSE, models.SLIDING], ids=["dense", "sliding"])
+@pytest.mark.parametrize("given, tokens", [(None, PAGE_SIZE), (16, 16), (32, 32), (64, 64)])
+def test_blocks_are_of_the_faster_size_unless_the_user_says_otherwise(
+    model: dict[str, Any], given: int | None, tokens: int
+) -> None:
+    plan = planned(model, **({} if given is None else {"block_size": given}))
+    assert plan.config.cache_config.block_size == tokens
+    assert all(plan.specs[name].block_size == tokens for name in packed_layers(plan))
+
+
+def test_mamba_models_get_pages_of_the_faster_size() -> None:
+    from kvturbo.vllm.backend import BACKENDS
+
+    plan = planned(models.MAMBA)
+    assert all(plan.specs[name].block_size % PAGE_SIZE == 0 for name in packed_layers(plan))
+    assert not BACKENDS["turboquant"].supports_block_size(16) and BACKENDS["turboquant"].supports_block_size(528)
+
+
+def test_blocks_that_are_not_split_into_pages_are_refused() -> None:
+    from types import SimpleNamespace
+
+    from kvturbo.vllm.metadata import _check_page
+
+    with pytest.raises(ValueError, match="blocks of 128 tokens can't be split .* --block-size 16 or 32 or 64"):
+        _check_page(SimpleNamespace(block_size=128))
+
+
+def test_sinks_that_are_loaded_again_stay_where_graphs_look_for_them() -> None:
+    from vllm.config import set_current_vllm_config
+
+    from kvturbo.vllm.attention import PackedAttention
+
+    weights = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    with set_current_vllm_config(vllm_standin.config_of(models.DENSE)):
+        impl = PackedAttention(4, 128, 0.1, 2, kv_cache_dtype="turboquant", sinks=weights)
+    impl.process_weights_after_loading(torch.bfloat16)
+    before = impl._sinks
+    weights.data.fill_(2)
+    impl.process_weights_after_loading(torch.bfloat16)
+    assert impl._sinks is before and (before == 2).all() and before.dtype == torch.float32
+
+
+def test_a_result_that_flash_attention_puts_elsewhere_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.v1.attention.backends.fa_utils as fa
+
+    from kvturbo.vllm import engine
+
+    q, lse = torch.randn(1, 4, 128), torch.zeros(4, 1)
+    monkeypatch.setattr(fa, "flash_attn_varlen_func", lambda q, k, v, out, **options: (q + 1, lse), raising=False)
+    out = torch.zeros_like(q)
+    bounds = torch.tensor([0, 1])
+    got = engine.flash_attention(128, 0.1, None)(q, q, q, (bounds, bounds), (1, 1), False, out)
+    assert got is lse and torch.equal(out, q + 1)
+
+
 def test_pages_of_another_layout_are_refused_with_their_strides() -> None:
     plan = planned(models.DENSE)
     impl = plan.config.compilation_config.static_forward_context[next(iter(plan.specs))].impl
@@ -152,7 +208,7 @@ def test_sliding_layers_keep_16_bits_and_the_pool_wastes_little(cache_dtype: str
     for name in set(plan.specs) - set(full):
         spec = plan.specs[name]
         assert spec.dtype == torch.bfloat16 and spec.sliding_window == 256
-        assert spec.page_size_bytes < 1.2 * 16 * 2 * 512
+        assert spec.page_size_bytes < 1.2 * PAGE_SIZE * 2 * 512
         assert issubclass(plan.backend(name), _flash_backend())
         impl = plan.config.compilation_config.static_forward_context[name].impl
         assert impl.kv_cache_dtype == "auto"

@@ -39,7 +39,8 @@ class Engine:
         self.impl.process_weights_after_loading(torch.bfloat16)
         builder = self.layer.get_attn_backend().get_builder_cls()
         self.builder = builder(spec, names, self.config, torch.device("cpu"))
-        self.cache = torch.full((BLOCKS, 2, 16, spec.state_content_size_bytes), 0xFF, dtype=torch.uint8)
+        self.page = spec.block_size
+        self.cache = torch.full((BLOCKS, 2, self.page, spec.state_content_size_bytes), 0xFF, dtype=torch.uint8)
         self.table = torch.randperm(BLOCKS)[: 3 * WIDTH].view(3, WIDTH).int()
         self.k, self.v = ([torch.zeros(0, 2, 128) for _ in range(3)] for _ in range(2))
 
@@ -66,7 +67,7 @@ class Engine:
 
     def _slots(self, sequence: int, count: int) -> Tensor:
         positions = torch.arange(len(self.k[sequence]), len(self.k[sequence]) + count)
-        return self.table[sequence].long()[positions // 16] * 16 + positions % 16
+        return self.table[sequence].long()[positions // self.page] * self.page + positions % self.page
 
     def _common(self, work: Sequence[tuple[int, int]], slots: Tensor, padding: int) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata

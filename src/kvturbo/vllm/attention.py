@@ -76,9 +76,16 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         return self._shapes.nbytes()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Sinks are weights: they are there now, and the kernels want them in fp32."""
-        if self._sink_weights is not None:
-            self._sinks = self._sink_weights.detach().float().contiguous()
+        """Sinks are weights: they are there now, and the kernels want them in fp32. Weights that are loaded again go into the same
+        tensor, whose address captured graphs hold.
+        """
+        if self._sink_weights is None:
+            return
+        if self._sinks is None:
+            self._sinks = torch.empty_like(
+                self._sink_weights, dtype=torch.float32, memory_format=torch.contiguous_format
+            )
+        self._sinks.copy_(self._sink_weights.detach())
 
     def prepare(self, layer: Any, vllm_config: Any, device: torch.device) -> None:
         """Called once the cache is set up and before any step: outlier channels, and memory for prompts."""

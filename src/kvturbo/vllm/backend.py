@@ -10,7 +10,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
-from kvturbo.config import HEAD_DIMS, PAGE_SIZES
+from kvturbo.config import HEAD_DIMS, PAGE_SIZE, PAGE_SIZES
 from kvturbo.vllm.formats import cache_dtypes, format_of
 
 CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
@@ -64,6 +64,18 @@ class PackedBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
         """Tokens of a block as the kernels see it: the page sizes. vLLM splits larger blocks into these."""
         return list(PAGE_SIZES)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a block where the user gives no `--block-size`."""
+        return max(default_block_size, PAGE_SIZE)
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """Whether vLLM may settle on a size by itself, for layers of several backends: whole pages, the default's or larger.
+        Sizes that the user gives are looked at by `validate_configuration`.
+        """
+        return block_size is None or (block_size >= PAGE_SIZE and not block_size % min(PAGE_SIZES))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -1,6 +1,7 @@
-"""Outlier channels of a layer's keys, from the checkpoint: vLLM knows a layer's name, and weights are found by it.
+"""Outlier channels of a layer's keys, from the guard's plan beside the model or else from the checkpoint: vLLM knows a
+layer's name, and both are found by it.
 
-Every rank reads the key projection of its layers, chooses channels for all heads, and keeps those of its own.
+Every rank reads the plan, or the key projection of its layers, chooses channels for all heads, and keeps those of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvturbo.config import KVFormat
+from kvturbo.guard import PLAN_FILE, Plan, read_plan
 from kvturbo.outliers import Pairing, choose_outlier_channels
 
 INTERLEAVED = ("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj")
@@ -25,6 +27,7 @@ UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_
 """Model types whose norms multiply by 1 + weight."""
 SPIKED_SHARE = 0.6
 """A head whose 16 strongest channels hold more than this share of the second moment needs `-o16`: white keys have 0.13 to 0.25."""
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|speech)")
 
 
@@ -154,22 +157,87 @@ def outlier_channels(layer: Any, fmt: KVFormat, num_kv_heads: int, vllm_config: 
         vllm_config: vLLM's.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint does not say which.
+        FileNotFoundError, ValueError: the plan is not one for this model, or the checkpoint does not say which.
     """
     model = model_of(layer, vllm_config)
+    total, parallel = model.get_total_num_kv_heads(), vllm_config.parallel_config
+    plan = plan_of(model)
+    if plan is not None:
+        chosen = planned_channels(plan, layer.layer_name, fmt, total, plan_path(model))
+        return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
     text = model.hf_text_config
     pairing: Pairing = "interleaved" if text.model_type in INTERLEAVED else "half"
     rotary = rotary_dim(text, fmt.head_dim)
     if vllm_config.load_config.load_format == "dummy":  # random weights have no outliers: any channels will do
         moment = torch.ones(num_kv_heads, fmt.head_dim)
         return choose_outlier_channels(moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
-    total = model.get_total_num_kv_heads()
     weights = checkpoint_of(model, vllm_config.load_config).key_weights(
         layer.layer_name, total, fmt.head_dim, text.model_type in UNIT_OFFSET
     )
     chosen = choose_outlier_channels(weights.second_moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
-    parallel = vllm_config.parallel_config
     return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
+
+
+def plan_path(model_config: Any) -> Path:
+    """Where the guard's plan of a model in a folder lies, if it has one."""
+    return Path(model_config.model) / PLAN_FILE
+
+
+@lru_cache(maxsize=4)
+def _plan(path: Path) -> Plan:
+    return read_plan(path)
+
+
+def plan_of(model_config: Any) -> Plan | None:
+    """The plan beside a model in a folder, or None.
+
+    Raises:
+        ValueError: the file is no valid plan.
+    """
+    path = plan_path(model_config)
+    return _plan(path) if path.is_file() else None
+
+
+def layer_number(layer_name: str) -> int | None:
+    """A layer's index in its model, from vLLM's name of it."""
+    number = _LAYER.search(layer_name)
+    return int(number[1]) if number else None
+
+
+def planned_channels(plan: Plan, layer_name: str, fmt: KVFormat, num_kv_heads: int, path: Path) -> Tensor:
+    """The outlier channels that a plan has for a layer: [num_kv_heads, fmt.outliers] int64.
+
+    Args:
+        plan: from `path`.
+        layer_name: vLLM's.
+        fmt: an `-o` format.
+        num_kv_heads: of the whole model.
+
+    Raises:
+        ValueError: the plan has none for this layer, or is for another shape.
+    """
+    number = layer_number(layer_name)
+    entry = None if number is None else plan.layers.get(number)
+    if entry is None:
+        raise ValueError(f"kvturbo: {path} has no layer for {layer_name}; it has {', '.join(map(str, plan.layers))}")
+    if (entry.num_kv_heads, entry.head_dim) != (num_kv_heads, fmt.head_dim):
+        raise ValueError(
+            f"kvturbo: {path} is for another model: layer {number} has {entry.num_kv_heads} KV heads of {entry.head_dim} there, "
+            f"{num_kv_heads} of {fmt.head_dim} here"
+        )
+    if fmt.outliers not in entry.channels:
+        raise ValueError(
+            f"kvturbo: {path} has no {fmt.outliers} outlier channels for layer {number}, but {sorted(entry.channels)}; write it "
+            "again with kvturbo check"
+        )
+    return torch.tensor(entry.channels[fmt.outliers], dtype=torch.int64)
+
+
+def source_of_channels(model_config: Any, load_config: Any) -> str:
+    """Where `outlier_channels` takes them from, for people."""
+    if plan_of(model_config) is not None:
+        return str(plan_path(model_config))
+    return "nowhere (random weights)" if load_config.load_format == "dummy" else "the keys' weights in the checkpoint"
 
 
 def heads_of_rank(total: int, count: int, ranks: int, rank: int) -> Sequence[int]:

@@ -42,12 +42,16 @@ def _flash(
 ) -> Tensor:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    _, lse = flash_attn_varlen_func(
+    result, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1],
         softmax_scale=scale, causal=causal, softcap=soft_cap, return_softmax_lse=True, out=out, fa_version=version,
     )  # fmt: skip
-    result: Tensor = lse
-    return result
+    if (
+        result.data_ptr() != out.data_ptr()
+    ):  # versions that fold grouped heads for a single query make a tensor of their own
+        out.copy_(result)
+    sums: Tensor = lse
+    return sums
 
 
 def merge(out: Tensor, first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor, lse: Tensor) -> None:

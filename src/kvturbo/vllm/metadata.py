@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from kvturbo.config import PAGE_SIZES
 from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.warmup import warmup
 from kvturbo.vllm.prefill import PIECE_TOKENS, ROWS_AT_ONCE
@@ -108,6 +109,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         _check_padding(kv_cache_spec)
+        _check_page(kv_cache_spec)
         self.reorder_batch_threshold: int | None
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         drafting = vllm_config.speculative_config is not None
@@ -133,7 +135,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         if first.backend == "cuda":
             self._schedules = Schedules(
                 first.fmt, kv_cache_spec.block_size, first.num_heads, first.num_kv_heads, dtype, most,
-                self.reorder_batch_threshold, device,
+                self.max_q_len, device,
             )  # fmt: skip
         report(vllm_config)
 
@@ -211,6 +213,15 @@ def _check_padding(spec: Any) -> None:
         raise ValueError(
             f"kvturbo: blocks of {spec.unpadded_page_size_bytes} bytes would be padded to {padded}, those of 16-bit layers; leave "
             "--kv-cache-dtype-skip-layers out (sliding-window layers are kept in 16 bits without it), or use --kv-cache-dtype auto"
+        )
+
+
+def _check_page(spec: Any) -> None:
+    """The engine splits blocks into pages, except where a block holds all layers, as KV connectors may want it."""
+    if spec.block_size not in PAGE_SIZES:
+        raise ValueError(
+            f"kvturbo: blocks of {spec.block_size} tokens can't be split into pages here; pass --block-size "
+            f"{' or '.join(map(str, PAGE_SIZES))}"
         )
 
 

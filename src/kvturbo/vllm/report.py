@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvturbo.config import KVFormat
-from kvturbo.vllm.channels import SPIKED_SHARE, UNIT_OFFSET, checkpoint_of
+from kvturbo.guard import Plan
+from kvturbo.guard.plan import SIXTEEN_BIT
+from kvturbo.vllm.channels import (
+    SPIKED_SHARE,
+    UNIT_OFFSET,
+    checkpoint_of,
+    layer_number,
+    plan_of,
+    plan_path,
+    source_of_channels,
+)
+from kvturbo.vllm.formats import PREFIX
 from kvturbo.vllm.prefill import PIECE_TOKENS
 
 _LOG = logging.getLogger("vllm.kvturbo")
@@ -89,8 +100,49 @@ def report(vllm_config: Any) -> None:
     modules = vllm_config.compilation_config.static_forward_context
     workspaces = [modules[layer.name].impl.workspace_bytes for layer in layers if layer.packed]
     _say(logging.INFO, summary(layers, max(workspaces)))
-    if vllm_config.load_config.load_format != "dummy":
-        _warn_of_spikes([layer for layer in layers if not modules[layer.name].is_draft_layer], vllm_config)
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if any(layer.packed and layer.packed.outliers for layer in layers):
+        _say(logging.INFO, f"kvturbo: outlier channels from {source_of_channels(model, load)}")
+    own, plan = [layer for layer in layers if not modules[layer.name].is_draft_layer], plan_of(model)
+    if plan is not None:
+        _warn_of_plan(own, plan, str(plan_path(model)))
+    elif load.load_format != "dummy":
+        _warn_of_spikes(own, vllm_config)
+
+
+def _warn_of_plan(layers: list[Layer], plan: Plan, path: str) -> None:
+    """A plan may want more for a layer than the one format that the flag gives to all."""
+    wanted: dict[str, list[int]] = {}
+    given = set()
+    for layer in layers:
+        number = layer_number(layer.name)
+        if layer.packed is None or number not in plan.layers:
+            continue
+        given.add(layer.packed.name)
+        if _wants_more(plan.layers[number].format, layer.packed):
+            wanted.setdefault(plan.layers[number].format, []).append(number)
+    if not wanted:
+        return
+    what = "; ".join(f"{name} for layers {', '.join(map(str, numbers))}" for name, numbers in wanted.items())
+    dense = wanted.pop(SIXTEEN_BIT, [])
+    advice = [f"--kv-cache-dtype-skip-layers {' '.join(map(str, dense))}"] if dense else []
+    if wanted:
+        head_dim = next(layer.packed.head_dim for layer in layers if layer.packed)
+        most = max(wanted, key=lambda name: KVFormat.from_name(name, head_dim).k.nbytes)
+        advice.insert(0, f"--kv-cache-dtype {PREFIX}{most}")
+    _say(
+        logging.WARNING,
+        f"kvturbo: {path} asks for more than {', '.join(sorted(given))}, which --kv-cache-dtype gives to every packed layer: "
+        f"{what}; use {' and '.join(advice)}",
+    )
+
+
+def _wants_more(wanted: str, given: KVFormat) -> bool:
+    """Whether a plan's format stores more of keys or values than the given one does."""
+    if wanted == SIXTEEN_BIT:
+        return True
+    fmt = KVFormat.from_name(wanted, given.head_dim)
+    return fmt.k.nbytes > given.k.nbytes or fmt.v.nbytes > given.v.nbytes
 
 
 def _warn_of_spikes(layers: list[Layer], vllm_config: Any) -> None:
