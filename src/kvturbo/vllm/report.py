@@ -116,7 +116,7 @@ def _warn_of_plan(layers: list[Layer], plan: Plan, path: str) -> None:
     given = set()
     for layer in layers:
         number = layer_number(layer.name)
-        if layer.packed is None or number not in plan.layers:
+        if layer.packed is None or number is None or number not in plan.layers:
             continue
         given.add(layer.packed.name)
         if _wants_more(plan.layers[number].format, layer.packed):

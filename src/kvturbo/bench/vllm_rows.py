@@ -1,0 +1,158 @@
+"""What benchmarks/vllm_serving.py measures: models, cache dtypes, engines, and rows from the values of several runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu", "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": _COMMON | {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28,
+    },
+    "llama-3.1-8b": _COMMON | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+    },
+}  # fmt: skip
+"""Shapes of Qwen2.5-7B and Llama-3.1-8B, up to 131,072 tokens; weights are random."""
+HEAD_DIM = 128
+CACHE_DTYPES = ("auto", "fp8", "turboquant_4bit_nc", "turboquant", "kvturbo_k4v4-o16")
+BASELINES = {"ratio_bf16": "auto", "ratio_fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests for a throughput.
+
+    Attributes:
+        prompts: how many.
+        prompt_tokens, new_tokens: of each.
+        concurrent: sequences at once.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    concurrent: int
+
+    def quarter_bytes(self, model: str) -> int:
+        """A quarter of the 16-bit cache that the concurrent sequences fill at their full lengths."""
+        return self.concurrent * (self.prompt_tokens + self.new_tokens) * bf16_bytes_per_token(model) // 4
+
+
+LONG_PROMPTS = Load(512, 3000, 500, 64)
+LONG_ANSWERS = Load(512, 1000, 2000, 128)
+BURST = Load(8, 128, 128, 8)
+STEPS = ((8, 8192), (32, 16384), (8, 32768))
+"""Sequences and tokens of each at which a decode step is timed."""
+STEP_COUNT = 64
+FRESH_TOKENS, CACHED_TOKENS, ADDED_TOKENS, LONGEST = 8192, 32768, 2048, 131072
+TTFT_REPEATS = 5
+
+ENGINES: dict[str, tuple[Load | None, bool]] = {
+    "latency": (None, False),
+    "throughput": (LONG_PROMPTS, False),
+    "quarter-long-prompts": (LONG_PROMPTS, True),
+    "quarter-long-answers": (LONG_ANSWERS, True),
+}
+"""Engines by name: their load (None: capacity, steps, times to the first token, memory) and whether memory is a quarter."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine's life, in a process of its own."""
+
+    engine: str
+    model: str
+    cache_dtype: str
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of vllm.LLM beside the model; everything else is vLLM's default, the compilation level too."""
+        load, quarter = ENGINES[self.engine]
+        options: dict[str, Any] = {
+            "kv_cache_dtype": self.cache_dtype, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
+            "gpu_memory_utilization": 0.9, "seed": 0, "enable_prefix_caching": load is None, "max_model_len": LONGEST,
+        }  # fmt: skip
+        if load is not None:
+            options |= {"max_num_seqs": load.concurrent, "max_model_len": load.prompt_tokens + load.new_tokens + 64}
+        if load is not None and quarter:
+            options["kv_cache_memory_bytes"] = load.quarter_bytes(self.model)
+        return options
+
+
+def bf16_bytes_per_token(model: str) -> int:
+    """Bytes of a token's keys and values in 16 bits, all layers."""
+    config = MODELS[model]
+    return int(2 * 2 * config["num_key_value_heads"] * HEAD_DIM * config["num_hidden_layers"])
+
+
+def jobs(engines: Sequence[str], models: Sequence[str], cache_dtypes: Sequence[str], rounds: int) -> list[Job]:
+    """All engines in order: cache dtypes alternate, and every other round runs backwards, so that drift hits all alike.
+
+    Raises:
+        ValueError: a name is unknown, or rounds is below 1.
+    """
+    for what, names, known in (
+        ("engine", engines, ENGINES),
+        ("model", models, MODELS),
+        ("cache dtype", cache_dtypes, CACHE_DTYPES),
+    ):
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    return [
+        Job(engine, model, cache_dtype)
+        for number in range(rounds)
+        for model in models
+        for engine in engines
+        for cache_dtype in (cache_dtypes if number % 2 == 0 else tuple(reversed(cache_dtypes)))
+    ]
+
+
+def rows_of(values: Iterable[tuple[Job, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row per figure, model and cache dtype: the median of its runs, and it over the baselines' (None where these are missing).
+
+    Args:
+        values: of every run: the job and `what`, `value`, `unit`.
+    """
+    runs: dict[tuple[str, str, str], list[float]] = {}
+    units: dict[str, str] = {}
+    for job, value in values:
+        runs.setdefault((value["what"], job.model, job.cache_dtype), []).append(float(value["value"]))
+        units[value["what"]] = value["unit"]
+    medians = {key: statistics.median(found) for key, found in runs.items()}
+    rows = []
+    for (what, model, cache_dtype), median in medians.items():
+        row = {"what": what, "model": model, "kv_cache_dtype": cache_dtype, "value": median, "unit": units[what]}
+        bases = {name: medians.get((what, model, baseline)) for name, baseline in BASELINES.items()}
+        rows.append(row | {name: median / base if base else None for name, base in bases.items()})
+    return rows
+
+
+def step_milliseconds(times: Sequence[float], tokens: Sequence[int], batch: int) -> float:
+    """The median decode step in ms.
+
+    Args:
+        times: seconds of every call of the engine's step.
+        tokens: that it gave.
+        batch: sequences.
+
+    Raises:
+        RuntimeError: some step did not give one token of every sequence: it was not steady decoding.
+    """
+    if any(count != batch for count in tokens) or not times:
+        raise RuntimeError(
+            f"steps of {batch} sequences gave {sorted(set(tokens))} tokens: sequences wait or are preempted"
+        )
+    return statistics.median(times) * 1e3
