@@ -3,8 +3,8 @@
     python benchmarks/vllm_serving.py                     # writes benchmarks/results/vllm-<gpu>.json
     python benchmarks/vllm_serving.py --only latency --models llama-3.1-8b --rounds 1 --seconds 1200
 
-Every engine has a process of its own. Cache dtypes alternate; a row is the median of its runs. Rows are written after each engine. An
-engine that fails is named in the file, with the end of what it said, and the exit code is 1.
+Every engine has a process of its own. Cache dtypes alternate; a row is the median of its runs. Rows are written after each
+engine. One that fails is named in the file, with the end of what it said, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from kvturbo.bench.vllm_rows import CACHE_DTYPES, ENGINES, MODELS, Job, jobs, ro
 
 RESULTS = Path(__file__).parent / "results"
 TAIL = 4000
+TIMEOUT, TIMED_OUT = 3600, 124
+"""Seconds that an engine may take, and what its exit code is said to be after them."""
 
 
 def arguments() -> argparse.Namespace:
@@ -96,9 +98,12 @@ def run(job: Job) -> tuple[list[dict[str, Any]], str | None]:
         out = Path(folder) / "values.jsonl"
         command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--out", str(out)]
         with (Path(folder) / "log").open("w+") as log:
-            code = subprocess.run(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
+            try:
+                code = subprocess.run(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=TIMEOUT
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = TIMED_OUT
             log.seek(0)
             text = log.read()
         lines = out.read_text().splitlines() if out.exists() else []

@@ -88,6 +88,15 @@ def test_a_process_that_dies_leaves_its_values_and_its_last_words(
     assert failure is not None and failure.startswith("exit code 1") and "out of memory" in failure
 
 
+def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, fake = _script(), tmp_path / "fake.py"
+    fake.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(script, "__file__", str(fake))
+    monkeypatch.setattr(script, "TIMEOUT", 0.5)
+    found, failure = script.run(Job("latency", "qwen2.5-7b", "auto"))
+    assert found == [] and failure is not None and failure.startswith("exit code 124")
+
+
 def test_figures_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvturbo.bench import vllm_engine
 

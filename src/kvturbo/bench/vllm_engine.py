@@ -107,7 +107,7 @@ class Engine:
         return step_milliseconds([seconds for seconds, _ in measured], [count for _, count in measured], batch)
 
     def _one_step(self, counts: dict[str, int]) -> tuple[float, int]:
-        """Seconds and tokens of the engine's calls until some sequence has a token: with asynchronous scheduling a call may give none."""
+        """Seconds and tokens of the engine's calls until one gives tokens: with asynchronous scheduling some give none."""
         start, before = time.perf_counter(), sum(counts.values())
         while sum(counts.values()) == before:
             for output in self.core.step():
