@@ -81,13 +81,15 @@ def queries(cache: Cache, rows: int, group: int, std: float, dtype: torch.dtype)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, first: int, *, window: int | None = None, seq_start: int = 0,
               soft_cap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One sequence in float64 with scale 1: q [n, Hq, d], k and v [L, Hkv, d] -> out [n, Hq, d], lse [n, Hq], top |score| [Hq]."""
+    """One sequence in float64, scale 1: q [n, Hq, d], k and v [L, Hkv, d] -> out [n, Hq, d], lse [n, Hq], size of scores [Hq]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     s = torch.einsum("nhd,lhd->hnl", q.double(), k)
     s = s if soft_cap is None else soft_cap * torch.tanh(s / soft_cap)
     at, key = first + torch.arange(len(q), device="cuda")[:, None], torch.arange(len(k), device="cuda")[None]
-    largest = s.abs().amax((1, 2))
+    # Not the scores alone: a small one can be the difference of a large rotated part and a large outlier part.
+    norms = q.double().norm(dim=-1).amax(0) * k.norm(dim=-1).amax(0)
+    largest = torch.maximum(s.abs().amax((1, 2)), 3 * norms * q.shape[2] ** -0.5)
     seen = (key <= at) & (key >= seq_start) & ((key > at - window) if window is not None else True)
     s = torch.where(seen, s, -math.inf)
     if sinks is not None:

@@ -266,3 +266,70 @@ def test_scores_that_climb_far_beyond_the_first_steps(run: Runner) -> None:
     scores = q[0, 0].double() @ batch.k[0][:, 0].T * SCALE / math.log(2)
     assert scores[1350] - scores[:1024].max() > 130
     run.check(q, batch, looser=20)
+
+
+@pytest.mark.parametrize("kernel", [CASES[0], CASES[5]], ids=lambda case: case.label, indirect=True)
+def test_starts_far_beyond_the_end_leave_nothing_to_see(run: Runner) -> None:
+    batch = run.batch()
+    most = 2**31 - 1
+    out, lse = run.check(run.queries(batch), batch, q_lens=run.case.q_lens, seq_starts=[most, 0, 0, most - 63, most, 3])
+    rows = run.case.q_lens[0]
+    assert not out[:rows].any() and (lse[:rows] == -math.inf).all()
+
+
+@pytest.mark.parametrize("kernel", [CASES[0]], ids=lambda case: case.label, indirect=True)
+def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
+    batch = run.batch()
+    q = run.queries(batch)
+    schedule = cuda.make_schedule(q, batch.pages, batch.seq_lens, fmt=batch.fmt)
+    with pytest.raises(ValueError, match=r"seq_lens must be contiguous .* got strides \(2,\)"):
+        schedule.update(torch.stack((batch.seq_lens, batch.seq_lens), 1)[:, 0])
+    options = {"fmt": batch.fmt, "scale": SCALE, "schedule": schedule}
+    with pytest.raises(RuntimeError, match="the schedule has no plan"):
+        cuda.decode(q, batch.pages, batch.block_table, batch.seq_lens, torch.empty_like(q), **options)
+    schedule.update(batch.seq_lens)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        cuda.decode(q, batch.pages, batch.block_table, batch.seq_lens, torch.empty_like(q).transpose(1, 2), **options)
+    pages = batch.pages.as_strided(batch.pages.shape, (8, *batch.pages.stride()[1:]))
+    with pytest.raises(ValueError, match="16 bytes and lie less than 4 GiB apart, got stride 8"):
+        cuda.decode(q, pages, batch.block_table, batch.seq_lens, torch.empty_like(q), **options)
+
+
+LIMITS_OF = {
+    "sm_80": cuda.Limits(163 * 1024, 164 * 1024),
+    "sm_86": cuda.Limits(99 * 1024, 100 * 1024),
+    "sm_90": cuda.Limits(227 * 1024, 228 * 1024, True),
+    "sm_120": cuda.Limits(99 * 1024, 100 * 1024, True),
+}
+
+
+SHAPES = [
+    (name, head_dim, page_size)
+    for name in ("k4v4", "k3v3", "k2v2", "k8v4", "lite4", "k4v4-o16", "k4v4-o32")
+    for head_dim in HEAD_DIMS
+    if head_dim >= 128 or name != "k4v4-o32"
+    for page_size in PAGE_SIZES
+]
+TOO_LARGE = {"sm_86": [("k8v4", 256, 64)], "sm_120": [("k8v4", 256, 64)]}
+
+
+def variants(shape: tuple[str, int, int], limits: cuda.Limits) -> list[cuda.Variant]:
+    """For few and for many tasks, and one to four tiles of rows."""
+    name, head_dim, page_size = shape
+    fmt, dtype = KVFormat.from_name(name, head_dim), torch.bfloat16
+    calls = ((8, 4), (999, 4), (999, 8), (999, 16))
+    return [cuda.variant_for(fmt, page_size, dtype, dtype, rows, 1, tasks, limits) for tasks, rows in calls]
+
+
+@pytest.mark.parametrize("arch", LIMITS_OF)
+def test_kernels_fit_the_gpu_or_are_refused_by_name(arch: str) -> None:
+    limits = LIMITS_OF[arch]
+    for shape in SHAPES:
+        if shape in TOO_LARGE.get(arch, []):
+            with pytest.raises(ValueError, match="needs .* bytes of shared memory"):
+                variants(shape, limits)
+            continue
+        for variant in variants(shape, limits):
+            assert variant.shared_bytes + variant.static_shared_bytes <= limits.shared_per_cta
+            assert limits.bulk_copies or variant.stages % variant.warps == 0
+            assert variant.stages > variant.warps

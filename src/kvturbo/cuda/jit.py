@@ -96,13 +96,14 @@ class Kernel:
     def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int = 0) -> None:
         from cuda.bindings import driver
 
-        torch.cuda.current_stream(device)  # the device's context must exist before a library is loaded
-        self._driver, self.shared_bytes = driver, shared_bytes
-        self._library = _checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0))
-        kernel = _checked(driver.cuLibraryGetKernel(self._library, name.encode()))
-        self._function = _checked(driver.cuKernelGetFunction(kernel))
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+        self._driver, self._device, self.shared_bytes = driver, device.index, shared_bytes
+        with torch.cuda.device(device):  # a function belongs to the context that is current when it is asked for
+            torch.cuda.current_stream(device)
+            self._library = _checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0))
+            kernel = _checked(driver.cuLibraryGetKernel(self._library, name.encode()))
+            self._function = _checked(driver.cuKernelGetFunction(kernel))
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
 
     def ctas_per_sm(self, threads: int) -> int:
         """How many CTAs of that many threads fit on a multiprocessor at once."""
@@ -110,7 +111,10 @@ class Kernel:
         return int(_checked(count))
 
     def launch(self, grid: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
-        """Launches on a stream (its handle). The parameters are copied before this returns."""
+        """Launches on a stream (its handle) of the kernel's device. The parameters are copied before this returns."""
+        if torch.cuda.current_device() != self._device:  # the default stream's handle means the current device's
+            with torch.cuda.device(self._device):
+                return self.launch(grid, threads, parameters, stream)
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(
             self._driver.cuLaunchKernel(

@@ -43,8 +43,10 @@ def check_heads(q: Tensor, pages: Tensor) -> None:
         raise ValueError(f"query heads must be a multiple of the {pages.shape[1]} KV heads, got {q.shape[1]}")
 
 
-def check_scores(window: int | None, soft_cap: float | None, sinks: Tensor | None, q: Tensor) -> None:
-    """Raises unless the options of the scores are in range: window >= 1, soft_cap > 0, sinks fp32 [num_q_heads]."""
+def check_scores(scale: float, window: int | None, soft_cap: float | None, sinks: Tensor | None, q: Tensor) -> None:
+    """Raises unless the options of the scores are in range: scale > 0, window >= 1, soft_cap > 0, sinks fp32 [num_q_heads]."""
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if soft_cap is not None and not soft_cap > 0:

@@ -66,7 +66,7 @@ def prefix_attention(
     checks.check_heads(q, pages)
     checks.check_tables(block_table, prefix_lens, "prefix_lens", pages, page_size)
     checks.check_starts(seq_starts, prefix_lens.shape[0], pages)
-    checks.check_scores(window, soft_cap, sinks, q)
+    checks.check_scores(scale, window, soft_cap, sinks, q)
     checks.check_outliers(outlier_channels, fmt, pages)
     checks.check_tensor("q_lens", q_lens, (prefix_lens.shape[0],), torch.int32, pages)
     counts, prefixes = q_lens.tolist(), prefix_lens.tolist()

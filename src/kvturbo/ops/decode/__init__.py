@@ -64,7 +64,7 @@ def decode(
     checks.check_tables(block_table, seq_lens, "seq_lens", pages, page_size)
     checks.check_outliers(outlier_channels, fmt, pages)
     checks.check_starts(seq_starts, seq_lens.shape[0], pages)
-    checks.check_scores(window, soft_cap, sinks, q)
+    checks.check_scores(scale, window, soft_cap, sinks, q)
     _check_queries(q, seq_lens, q_lens, pages)
     if out is None:
         out = torch.empty_like(q)

@@ -76,7 +76,7 @@ class Variant:
     def static_shared_bytes(self) -> int:
         """Static shared memory of a CTA: barriers, tops and sums of the warps' rows, a vector per warp for the Paley matrix."""
         vectors = self.warps * self.fmt.head_dim * 4 if factor(self.fmt.head_dim)[0] > 1 else 4
-        return self.stages * 12 + 2 * self.warps * self.rows * 4 + vectors + 64
+        return -(-(self.stages * 12 + 2 * self.warps * self.rows * 4 + vectors + 64) // 128) * 128
 
     def macros(self) -> dict[str, int | str]:
         """The macros decode.cu is compiled with."""
@@ -153,14 +153,26 @@ def variant_for(
     if 0 < tasks <= _FEW_TASKS and not heavy and not wide and _fit(large, limits):
         return large
     # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
-    narrower = (replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1])
-    return next((variant for variant in narrower if _fit(variant, limits)), usual)
+    narrower = [replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1]]
+    narrowest = [*narrower, replace(usual, warps=2, stages=4, ctas_per_sm=1)]
+    for fits, variants in ((_fit, narrower), (_fits_once, narrowest)):
+        for variant in variants:
+            if limits == Limits() or fits(variant, limits):
+                return variant
+    raise ValueError(
+        f"format {fmt.name!r} with head_dim {fmt.head_dim} and pages of {page_size} tokens needs {narrowest[-1].shared_bytes} "
+        f"bytes of shared memory in the cuda backend, the GPU has {limits.shared_per_cta}; use smaller pages or backend 'triton'"
+    )
 
 
 def _fit(variant: Variant, limits: Limits) -> bool:
     """Whether as many CTAs as the kernel is compiled for fit on a multiprocessor."""
-    shared = variant.shared_bytes + variant.static_shared_bytes
-    return shared <= limits.shared_per_cta and variant.ctas_per_sm * (shared + _RESERVED_BYTES) <= limits.shared_per_sm
+    shared = variant.shared_bytes + variant.static_shared_bytes + _RESERVED_BYTES
+    return _fits_once(variant, limits) and variant.ctas_per_sm * shared <= limits.shared_per_sm
+
+
+def _fits_once(variant: Variant, limits: Limits) -> bool:
+    return variant.shared_bytes + variant.static_shared_bytes <= limits.shared_per_cta
 
 
 class _Params(ctypes.Structure):
@@ -260,6 +272,23 @@ def _kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, in
     return _LOADED[key]
 
 
+Memory = tuple[Tensor, Tensor]
+"""Workspace (two partial results per chunk) and counters (zero between launches)."""
+
+
+def memory_for(variant: Variant, device: torch.device) -> Memory:
+    """Memory for the launches of a variant, one after another."""
+    chunks = _CHUNKS_PER_CTA * _kernels(variant, device)[2]
+    workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
+    return workspace, torch.zeros(1 + chunks * variant.warps, dtype=torch.int32, device=device)
+
+
+def _check_contiguous(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous for the cuda backend, got strides {x.stride()}")
+
+
 class Schedule:
     """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
 
@@ -271,17 +300,19 @@ class Schedule:
         batch: number of sequences.
         kv_heads: KV heads per layer.
         device: the GPU.
+        memory: of a schedule for the same variant whose launches never run beside this one's; default: its own.
     """
 
-    def __init__(self, variant: Variant, batch: int, kv_heads: int, device: torch.device) -> None:
+    def __init__(
+        self, variant: Variant, batch: int, kv_heads: int, device: torch.device, memory: Memory | None = None
+    ) -> None:
         self.variant, self.batch, self.kv_heads, self.device = variant, batch, kv_heads, device
         self.window: int | None = None
+        self._planned = False
         self._decode, self._plan, self.ctas = _kernels(variant, device)
-        chunks = _CHUNKS_PER_CTA * self.ctas
-        ints = 8 + 8 * chunks + 2 * (batch + 1)
+        ints = 8 + 8 * _CHUNKS_PER_CTA * self.ctas + 2 * (batch + 1)
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
-        self.workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(1 + chunks * variant.warps, dtype=torch.int32, device=device)
+        self.workspace, self.counters = memory or memory_for(variant, device)
 
     def update(
         self,
@@ -290,8 +321,13 @@ class Schedule:
         seq_starts: Tensor | None = None,
         window: int | None = None,
     ) -> None:
-        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode`."""
-        self.window = window
+        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode`.
+
+        Raises:
+            ValueError: a tensor is not contiguous.
+        """
+        _check_contiguous(seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts)
+        self.window, self._planned = window, True
         parameters = _ScheduleParams(
             seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts), self.plan.data_ptr(), self.batch, window or 0,
             self.kv_heads, self.variant.group, self.variant.rows, self.variant.step, self.ctas, self.variant.warps,
@@ -299,14 +335,25 @@ class Schedule:
         self._plan.launch(1, 1024, parameters, torch.cuda.current_stream(self.device).cuda_stream)
 
     def launch(self, parameters: _Params) -> None:
-        """Launches the decode kernel on the current stream."""
+        """Launches the decode kernel on the current stream.
+
+        Raises:
+            RuntimeError: there is no plan yet.
+        """
+        if not self._planned:
+            raise RuntimeError("the schedule has no plan: call its update before the step's decodes")
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self._decode.launch(self.ctas, self.variant.warps * 32, parameters, stream)
 
 
+@lru_cache(maxsize=16)
+def _stream_memory(variant: Variant, device: torch.device, stream: int) -> Memory:
+    return memory_for(variant, device)
+
+
 @lru_cache(maxsize=64)
 def _own_schedule(variant: Variant, batch: int, kv_heads: int, device: torch.device, stream: int) -> Schedule:
-    return Schedule(variant, batch, kv_heads, device)
+    return Schedule(variant, batch, kv_heads, device, _stream_memory(variant, device, stream))
 
 
 def make_schedule(
@@ -374,10 +421,9 @@ def decode(
         raise ValueError(
             f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
         )
-    if not out.is_contiguous() or block_table.stride(1) != 1:
-        raise ValueError(
-            f"out must be contiguous and block_table's rows too, got strides {out.stride()}, {block_table.stride()}"
-        )
+    _check_contiguous(out=out, seq_lens=seq_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels)
+    if block_table.stride(1) != 1:
+        raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
     if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16 or pages.data_ptr() % 16:
         raise ValueError(
             f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"

@@ -160,6 +160,7 @@ DEV float half_at(const u8* at) {
 // so a warp that waits for another's refill first waits for its number in `filled`.
 struct Ring {
   static constexpr bool OWNED = NB % NW == 0;  // a warp refills its own stages only
+  static_assert(NB > NW, "a warp waits for its next step before it refills the stage of this one");
   u32 bar0, base0;  // shared addresses of the barriers and stages
   u8* base;
   volatile int* filled;
@@ -269,7 +270,7 @@ struct Piece {
     k.length = r1.x;
     k.q_row = r1.y;
     k.q_len = r1.z;
-    start = r1.w;
+    start = min(r1.w, k.length);  // it may lie anywhere beyond the end
     steps = r0.z;
     begin = r0.y + r0.w * steps;
     const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS;
@@ -588,7 +589,7 @@ template <class F, class W> DEV void merge_row(int n, F value, W weight, float& 
   }
 }
 
-struct Shared {
+struct __align__(16) Shared {
   u64 bars[NB];
   int filled[NB];
   Place place;
@@ -640,7 +641,7 @@ DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int
 
 extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 smem[];
-  __shared__ __align__(8) Shared sh;
+  __shared__ Shared sh;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   Queries& queries = *(Queries*)(smem + QUERIES_AT);
   float* rows = (float*)smem;  // the warps' results, where their rings were
