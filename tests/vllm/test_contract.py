@@ -340,18 +340,32 @@ def test_padding_that_undoes_the_packing_is_refused(monkeypatch: pytest.MonkeyPa
         plan.views()
 
 
-def test_long_drafts_with_asynchronous_scheduling_are_refused() -> None:
+@pytest.mark.parametrize("method, tokens, most", [("ngram", 9, 7), ("draft_model", 7, 6)])
+def test_long_drafts_with_asynchronous_scheduling_are_refused(method: str, tokens: int, most: int) -> None:
     from types import SimpleNamespace
 
     from kvturbo.vllm.metadata import _check_long_drafts
 
+    draft = SimpleNamespace(num_speculative_tokens=tokens, parallel_drafting=False, method=method)
     config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(async_scheduling=True),
-        speculative_config=SimpleNamespace(num_speculative_tokens=9, parallel_drafting=False),
-        use_v2_model_runner=True,
+        scheduler_config=SimpleNamespace(async_scheduling=True), speculative_config=draft, use_v2_model_runner=True
     )
-    with pytest.raises(ValueError, match="num_speculative_tokens must be at most 7 .*got 9"):
+    with pytest.raises(ValueError, match=f"num_speculative_tokens must be at most {most} .*got {tokens}"):
         _check_long_drafts(config)
+
+
+def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_token_less() -> None:
+    from types import SimpleNamespace
+
+    from kvturbo.vllm.metadata import _prompt_rows
+
+    starts = torch.tensor([0, 514, 614], dtype=torch.int32)  # 513 and 99 tokens, and the sampled one of each
+    common = SimpleNamespace(
+        query_start_loc=starts, query_start_loc_cpu=starts, num_reqs=2, block_table_tensor=torch.zeros(2, 40),
+        seq_lens_cpu_upper_bound=torch.tensor([1025, 99]),
+    )  # fmt: skip
+    rows = _prompt_rows(common, 0, 0, torch.device("cpu"), 1)  # type: ignore[arg-type]
+    assert [(piece.sequence, piece.start, piece.stop) for piece in rows.pieces] == [(0, 0, 512)]
 
 
 def test_the_line_at_the_start_names_what_is_packed() -> None:

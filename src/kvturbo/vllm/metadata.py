@@ -113,14 +113,16 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         self.reorder_batch_threshold: int | None
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         drafting = vllm_config.speculative_config is not None
-        if (self.reorder_batch_threshold or 1) > MAX_Q_LEN:
+        if (self.reorder_batch_threshold or 1) + _catch_up_tokens(vllm_config) > MAX_Q_LEN:
             _check_long_drafts(vllm_config)
+        if (self.reorder_batch_threshold or 1) > MAX_Q_LEN:
             self.reorder_batch_threshold, drafting = 1, False
         # A draft model's catching up has more tokens than a verification, and the host knows such lengths from above only.
         self.max_q_len = MAX_Q_LEN if drafting else 1
         layers = vllm_config.compilation_config.static_forward_context
         self.layers = [layers[name] for name in layer_names]
         first = self.layers[0].impl
+        self._unknown = _catch_up_tokens(vllm_config) if getattr(self.layers[0], "is_draft_layer", False) else 0
         for layer in self.layers:
             layer.impl.prepare(layer, vllm_config, device)
         most = vllm_config.scheduler_config.max_num_seqs
@@ -155,7 +157,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         )
         return PackedMetadata(
             self._decode_rows(common_attn_metadata, decodes, decode_tokens) if decode_tokens else None,
-            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.device) if prompts else None,
+            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.device, self._unknown) if prompts else None,
         )
 
     def update_draft_decode_metadata(self, metadata: PackedMetadata) -> None:
@@ -176,13 +178,16 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule)
 
 
-def _prompt_rows(common: CommonAttentionMetadata, decodes: int, first: int, device: torch.device) -> PromptRows:
+def _prompt_rows(
+    common: CommonAttentionMetadata, decodes: int, first: int, device: torch.device, unknown: int = 0
+) -> PromptRows:
+    """The prompts of a batch; `unknown` tokens of every sequence are in its chunk, but not in the length that the host knows."""
     starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
     lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
     counts = [end - start for start, end in pairwise(starts)]
     spans: list[tuple[int, int, int, int, int, bool]] = []
     for i, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=False)):
-        spans += _spans(i, start - first, count, length - count)
+        spans += _spans(i, start - first, count, max(0, length + unknown - count))
     bounds = torch.tensor([[[0, b - a], [0, stop - begin]] for a, b, _, begin, stop, _ in spans], dtype=torch.int32)
     if spans and device.type == "cuda":
         bounds = bounds.pin_memory().to(device, non_blocking=True)
@@ -225,11 +230,17 @@ def _check_page(spec: Any) -> None:
         )
 
 
+def _catch_up_tokens(vllm_config: Any) -> int:
+    """Tokens that a draft model of its own reads beside those that were verified: the one that was sampled."""
+    draft = vllm_config.speculative_config
+    return int(draft is not None and draft.method == "draft_model" and vllm_config.use_v2_model_runner)
+
+
 def _check_long_drafts(vllm_config: Any) -> None:
     """With asynchronous scheduling the host knows an upper bound of a drafting sequence's length only."""
     if vllm_config.scheduler_config.async_scheduling:
-        tokens = max_decode_query_len(vllm_config) - 1
+        tokens, most = max_decode_query_len(vllm_config) - 1, MAX_Q_LEN - 1 - _catch_up_tokens(vllm_config)
         raise ValueError(
-            f"kvturbo: num_speculative_tokens must be at most {MAX_Q_LEN - 1} with asynchronous scheduling, got {tokens}; "
+            f"kvturbo: num_speculative_tokens must be at most {most} with asynchronous scheduling, got {tokens}; "
             "lower it or pass --no-async-scheduling"
         )
