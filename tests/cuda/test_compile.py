@@ -14,7 +14,7 @@ pytest.importorskip("cuda.core", reason="needs the extra 'cuda'")
 
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, PRESETS, KVFormat
 from kvturbo.cuda.jit import compile_source
-from kvturbo.ops.decode import cuda as decode
+from kvturbo.ops.decode import variants
 from kvturbo.ops.gather import cuda as gather
 from kvturbo.ops.store import cuda as store
 
@@ -39,7 +39,7 @@ class Schedule:
     """schedule.cu, which has no template values."""
 
     def source(self) -> str:
-        return (decode._FOLDER / "schedule.cu").read_text()
+        return (variants.FOLDER / "schedule.cu").read_text()
 
     def macros(self) -> dict[str, int | str]:
         return {}
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
         if self.operation == "schedule":
             return Schedule()
         if self.operation == "decode":
-            return decode.variant_for(self.fmt, self.page_size, self.dtype, self.out, self.rows)
+            return variants.variant_for(self.fmt, self.page_size, self.dtype, self.out, self.rows)
         if self.operation == "store":
             return store.Variant(self.fmt, self.page_size, store.TYPES[self.dtype])
         return gather.Variant(

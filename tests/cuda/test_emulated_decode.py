@@ -16,7 +16,7 @@ from torch import Tensor
 from emulator import EmulatedKernel
 from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
-from kvturbo.ops.decode import cuda
+from kvturbo.ops.decode import cuda, variants
 from kvturbo.ops.decode.reference import decode as reference_decode
 from support import Batch, batch_of, ints, relative_error, same_bits
 
@@ -28,7 +28,7 @@ SCALE = 0.11
 HEADS = 2
 LENGTHS = [700, 0, 3, 257, 64, 130]
 CTAS = 7
-LIMITS = cuda.Limits(227 * 1024, 228 * 1024)
+LIMITS = variants.Limits(227 * 1024, 228 * 1024)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Case:
         return KVFormat.from_name(self.name, self.head_dim, seed=5)
 
     @property
-    def variant(self) -> cuda.Variant:
-        return cuda.variant_for(
+    def variant(self) -> variants.Variant:
+        return variants.variant_for(
             self.fmt,
             self.page_size,
             self.dtype,
@@ -70,7 +70,7 @@ class Case:
             self.group,
             self.queries,
             self.few,
-            LIMITS if self.few else cuda.Limits(),
+            LIMITS if self.few else variants.Limits(),
         )
 
     @property
@@ -167,7 +167,7 @@ def reference(q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def schedule_kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    text = (cuda._FOLDER / "schedule.cu").read_text()
+    text = (variants.FOLDER / "schedule.cu").read_text()
     return EmulatedKernel(text, {}, "schedule", tmp_path_factory.mktemp("schedule"))
 
 
@@ -185,7 +185,7 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def run(kernel: SimpleNamespace, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch) -> Runner:
     runner = Runner(kernel.case, kernel.decode, CTAS)
     monkeypatch.setattr(cuda, "_kernels", lambda *_: (runner.kernel, schedule_kernel, runner.ctas))
-    monkeypatch.setattr(cuda, "limits_of", lambda _: LIMITS if kernel.case.few else cuda.Limits())
+    monkeypatch.setattr(cuda, "limits_of", lambda _: LIMITS if kernel.case.few else variants.Limits())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     return runner
 
@@ -296,10 +296,10 @@ def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
 
 
 LIMITS_OF = {
-    "sm_80": cuda.Limits(163 * 1024, 164 * 1024),
-    "sm_86": cuda.Limits(99 * 1024, 100 * 1024),
-    "sm_90": cuda.Limits(227 * 1024, 228 * 1024, True),
-    "sm_120": cuda.Limits(99 * 1024, 100 * 1024, True),
+    "sm_80": variants.Limits(163 * 1024, 164 * 1024),
+    "sm_86": variants.Limits(99 * 1024, 100 * 1024),
+    "sm_90": variants.Limits(227 * 1024, 228 * 1024, True),
+    "sm_120": variants.Limits(99 * 1024, 100 * 1024, True),
 }
 
 
@@ -313,12 +313,12 @@ SHAPES = [
 TOO_LARGE = {"sm_86": [("k8v4", 256, 64)], "sm_120": [("k8v4", 256, 64)]}
 
 
-def variants(shape: tuple[str, int, int], limits: cuda.Limits) -> list[cuda.Variant]:
+def kernels_of(shape: tuple[str, int, int], limits: variants.Limits) -> list[variants.Variant]:
     """For few and for many tasks, and one to four tiles of rows."""
     name, head_dim, page_size = shape
     fmt, dtype = KVFormat.from_name(name, head_dim), torch.bfloat16
     calls = ((8, 4), (999, 4), (999, 8), (999, 16))
-    return [cuda.variant_for(fmt, page_size, dtype, dtype, rows, 1, tasks, limits) for tasks, rows in calls]
+    return [variants.variant_for(fmt, page_size, dtype, dtype, rows, 1, tasks, limits) for tasks, rows in calls]
 
 
 @pytest.mark.parametrize("arch", LIMITS_OF)
@@ -327,9 +327,9 @@ def test_kernels_fit_the_gpu_or_are_refused_by_name(arch: str) -> None:
     for shape in SHAPES:
         if shape in TOO_LARGE.get(arch, []):
             with pytest.raises(ValueError, match="needs .* bytes of shared memory"):
-                variants(shape, limits)
+                kernels_of(shape, limits)
             continue
-        for variant in variants(shape, limits):
+        for variant in kernels_of(shape, limits):
             assert variant.shared_bytes + variant.static_shared_bytes <= limits.shared_per_cta
             assert limits.bulk_copies or variant.stages % variant.warps == 0
             assert variant.stages > variant.warps

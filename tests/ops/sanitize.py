@@ -31,6 +31,7 @@ from kernel_checks import check_gather, check_store, mixed_slots, rotations, vec
 from kvturbo import KVFormat
 from kvturbo.ops import backends, decode, gather, schedule, store
 from kvturbo.ops.decode import cuda as cuda_decode
+from kvturbo.ops.decode.variants import FEW_TASKS
 from kvturbo.ops.store import cuda as cuda_store
 from support import Batch, batch_of, device_of, interpreted, ints, relative_error
 
@@ -97,7 +98,7 @@ class Checks:
                 yield f"decode {case.label} {kind}", lambda c=case, o=options: self.decode(c, lengths_of(c), o)
         yield "decode with a schedule of its own", lambda: self.decode(CASES[0], LENGTHS, {}, planned=False)
         if self.backend == "cuda":
-            long = [*LONG, *[1] * (cuda_decode._FEW_TASKS // HEADS)]
+            long = [*LONG, *[1] * (FEW_TASKS // HEADS)]
             yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2)
             yield "every kind of decode kernel ran", self.covered
 
@@ -204,7 +205,7 @@ class Checks:
 
 def lengths_of(case: Case) -> list[int]:
     """`LENGTHS`; for the kernels for many tasks with so many empty sequences and sequences of one token that they are chosen."""
-    return LENGTHS if case.few else LENGTHS + [0, 1] * (cuda_decode._FEW_TASKS // HEADS // 2)
+    return LENGTHS if case.few else LENGTHS + [0, 1] * (FEW_TASKS // HEADS // 2)
 
 
 def options_for(case: Case, lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:

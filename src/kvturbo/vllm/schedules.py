@@ -7,7 +7,8 @@ import copy
 import torch
 
 from kvturbo.config import KVFormat
-from kvturbo.ops.decode.cuda import Schedule, Variant, limits_of, variant_for
+from kvturbo.ops.decode.cuda import Schedule
+from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
 
 
 class Schedules:
