@@ -125,6 +125,9 @@ class KVFormat:
     v: SideFormat
     seed: int = 0
 
+    def __hash__(self) -> int:  # formats are keys in every call of an operation
+        return hash((self.name, self.head_dim, self.seed))
+
     @classmethod
     def from_name(cls, name: str, head_dim: int, *, seed: int = 0) -> KVFormat:
         """The format called `name` for vectors of `head_dim` channels.
