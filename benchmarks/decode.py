@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from kvturbo.bench import report
-from kvturbo.bench.decode import CASES, Runner, run
+from kvturbo.bench import report, running
+from kvturbo.bench.decode import CASES, Runner
 from kvturbo.bench.registry import PROVIDERS
 from kvturbo.bench.timing import copy_gb_per_s
 
@@ -27,10 +27,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CASES), help=f"groups of cases, of {', '.join(CASES)}")
     parser.add_argument("--providers", default=",".join(PROVIDERS.names()), help="columns; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
-    parser.add_argument("--out", type=Path, help="the JSON file; default: results/decode-<gpu>.json")
-    parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
-    parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
+    running.add_arguments(parser, "decode")
     return parser.parse_args()
 
 
@@ -57,7 +54,7 @@ def main() -> int:
         print(report.decode_table([row], providers).splitlines()[-1], flush=True)
 
     try:
-        complete = run(cases, runner, given.seconds, done)
+        complete = running.run(cases, runner.row, given.seconds, done)
     finally:
         report.write(path, rows, commit, **facts, skipped=runner.skipped, complete=len(rows) == len(cases))
     print(report.decode_table(rows, providers))

@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 
-from kvturbo.bench import report
-from kvturbo.bench.store import CASES, Runner, run, store_table
+from kvturbo.bench import report, running
+from kvturbo.bench.store import CASES, Runner, store_table
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
-    parser.add_argument("--out", type=Path, help="the JSON file; default: results/store-<gpu>.json")
-    parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
-    parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
+    running.add_arguments(parser, "store")
     return parser.parse_args()
 
 
@@ -44,7 +41,7 @@ def main() -> int:
     runner, rows = Runner(), list[dict[str, Any]]()
     facts: dict[str, Any] = {"host_us": runner.host_us()}
     try:
-        complete = run(CASES, runner, given.seconds, rows.append)
+        complete = running.run(CASES, runner.row, given.seconds, rows.append)
     finally:
         report.write(path, rows, commit, **facts, skipped=runner.skipped, complete=len(rows) == len(CASES))
     print(store_table(rows))

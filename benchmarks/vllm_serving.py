@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kvturbo.bench import report
+from kvturbo.bench import report, running
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, ENGINES, MODELS, Job, jobs, rows_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,10 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(CACHE_DTYPES), help="cache dtypes; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no engine after this time")
-    parser.add_argument("--out", type=Path, help="the JSON file; default: results/vllm-<gpu>.json")
-    parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
-    parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
+    running.add_arguments(parser, "vllm", "engine")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 

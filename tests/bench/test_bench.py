@@ -10,8 +10,9 @@ import pytest
 
 from kvturbo import KVFormat
 from kvturbo.bench import report
-from kvturbo.bench.decode import CASES, Runner, run
+from kvturbo.bench.decode import CASES, Runner
 from kvturbo.bench.registry import PROVIDERS, Case
+from kvturbo.bench.running import run
 
 SHAPE = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "page_size"}
 KEYS = SHAPE | {"rel_err", "gb_per_s"}
@@ -57,11 +58,11 @@ def test_other_providers_are_measured_once_per_shape(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("kvturbo.bench.decode.Inputs", FakeInputs)
     rows: list[dict[str, Any]] = []
     runner = Runner(["fa3_bf16", "kvturbo"])
-    assert run([Case(2, 100), Case(2, 100, format="k2v2")], runner, 100, rows.append)
+    assert run([Case(2, 100), Case(2, 100, format="k2v2")], runner.row, 100, rows.append)
     assert measured == [("fa3_bf16", "k4v4"), ("kvturbo", "k4v4"), ("kvturbo", "k2v2")]
     assert all(set(row) == KEYS | {"fa3_bf16_us", "kvturbo_us"} for row in rows)
     assert rows[0]["gb_per_s"] == pytest.approx(2 * 100 * 8 * 132 / 10e3)
-    assert not run([Case(2, 100)], runner, -1.0, rows.append) and len(rows) == 2
+    assert not run([Case(2, 100)], runner.row, -1.0, rows.append) and len(rows) == 2
     assert "k2v2" in report.decode_table(rows, ["fa3_bf16", "kvturbo"])
 
 

@@ -14,7 +14,8 @@ import torch
 from kvturbo import KVFormat
 from kvturbo.bench import report
 from kvturbo.bench import store as bench
-from kvturbo.bench.store import CASES, Case, Inputs, Runner, host_us, run, store_table
+from kvturbo.bench.running import run
+from kvturbo.bench.store import CASES, Case, Inputs, Runner, host_us, store_table
 
 SHAPE = {"what", "tokens", "format", "rotated", "kv_heads", "head_dim", "page_size"}
 KEYS = SHAPE | {"kvturbo_us", "kvturbo_triton_us", "vllm_us", "equal_vectors", "rel_err"}
@@ -59,13 +60,13 @@ def test_rows_have_the_same_keys_and_name_what_is_missing(runner: Runner) -> Non
     cases = [
         Case("store", 8, **SMALL), Case("store", 200, "k4v4-o16", **SMALL), Case("gather", 200, rotated=True, **SMALL)
     ]  # fmt: skip
-    assert run(cases, runner, 100, rows.append)
+    assert run(cases, runner.row, 100, rows.append)
     assert all(set(row) == KEYS for row in rows)
     assert all(row["kvturbo_us"] == 5.0 and row["kvturbo_triton_us"] is row["vllm_us"] is None for row in rows)
     assert [row["equal_vectors"] for row in rows] == [1.0, 1.0, None] and rows[2]["rel_err"] == 0
     assert "NVIDIA GPU" in runner.skipped["kvturbo_triton"][0]
     assert "vLLM is not installed" in runner.skipped["vllm"][0] and len(runner.skipped["vllm"]) == 1
-    assert not run(cases, runner, -1.0, rows.append) and len(rows) == 3
+    assert not run(cases, runner.row, -1.0, rows.append) and len(rows) == 3
     text = store_table(rows)
     assert "gather rotated" in text and "100.0000%" in text and "k4v4-o16" in text
 

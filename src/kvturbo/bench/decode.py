@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.bench.registry import PROVIDERS, Case, MissingError
+from kvturbo.bench.running import Skips
 from kvturbo.bench.timing import graph_us
 from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
@@ -141,7 +141,7 @@ def _cuda_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
 SCHEDULES: dict[str, Callable[[Inputs, torch.dtype], Any]] = {"triton": _triton_schedule, "cuda": _cuda_schedule}
 
 
-class Runner:
+class Runner(Skips):
     """Measures cases; what other providers gave for a shape is kept, since our formats do not change it.
 
     Args:
@@ -150,8 +150,8 @@ class Runner:
     """
 
     def __init__(self, providers: Sequence[str], log: Callable[[str], None] = print) -> None:
-        self.providers, self.log = providers, log
-        self.skipped: dict[str, list[str]] = {}
+        super().__init__(log)
+        self.providers = providers
         self._known: dict[tuple[str, Case], float | None] = {}
 
     def row(self, case: Case) -> dict[str, Any]:
@@ -174,12 +174,6 @@ class Runner:
         names = {"kvturbo": "auto", "kvturbo_triton": "triton"}
         return [backend for name, backend in names.items() if times.get(name)]
 
-    def _skip(self, name: str, reason: str) -> None:
-        reasons = self.skipped.setdefault(name, [])
-        if reason not in reasons:
-            reasons.append(reason)
-            self.log(f"skipping {name}: {reason}")
-
     def _time(self, name: str, inputs: Inputs) -> float | None:
         provider = PROVIDERS.get(name)
         if not provider.every_format and inputs.case.format != Case.format:
@@ -194,23 +188,13 @@ class Runner:
         try:
             microseconds = graph_us(provider.prepare(inputs))
         except MissingError as reason:
-            self._skip(name, str(reason))
+            self.skip(name, str(reason))
             return None
         except Exception as error:
             if provider.packed:
                 raise
-            self._skip(name, f"{inputs.case.baseline()}: {type(error).__name__}: {error}"[:300])
+            self.skip(name, f"{inputs.case.baseline()}: {type(error).__name__}: {error}"[:300])
             return None
         finally:
             torch.cuda.empty_cache()
         return microseconds
-
-
-def run(cases: Sequence[Case], runner: Runner, seconds: float, done: Callable[[dict[str, Any]], None]) -> bool:
-    """Measures cases until the time is up; `done` gets every row. Returns whether all cases were measured."""
-    start = time.monotonic()
-    for case in cases:
-        if time.monotonic() - start > seconds:
-            return False
-        done(runner.row(case))
-    return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvturbo.config import PAGE_SIZE
 from kvturbo.eval.registry import Registry
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Case:
     q_len: int = 1
     format: str = "k4v4"
     ragged: bool = False
-    page_size: int = 32
+    page_size: int = PAGE_SIZE
 
     SHORTEST = 128
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from kvturbo.bench import decode as bench_decode
 from kvturbo.bench import registry
 from kvturbo.bench.registry import Call, MissingError
+from kvturbo.bench.running import Skips
 from kvturbo.bench.timing import graph_us
-from kvturbo.config import SIDES, KVFormat
+from kvturbo.config import PAGE_SIZE, SIDES, KVFormat
 from kvturbo.eval.report import table
 from kvturbo.layout import PageLayout
 from kvturbo.ops import backends, gather, store
@@ -54,7 +55,7 @@ class Case:
     rotated: bool = False
     kv_heads: int = 8
     head_dim: int = 128
-    page_size: int = 32
+    page_size: int = PAGE_SIZE
 
 
 def _cases() -> list[Case]:
@@ -186,7 +187,7 @@ def vllm_store(inputs: Inputs) -> Call:
     return call
 
 
-class Runner:
+class Runner(Skips):
     """Checks and measures cases; vLLM's time for a number of tokens is kept, since our formats do not change it.
 
     Args:
@@ -195,8 +196,8 @@ class Runner:
     """
 
     def __init__(self, device: torch.device | str = "cuda", log: Callable[[str], None] = print) -> None:
-        self.device, self.log = device, log
-        self.skipped: dict[str, list[str]] = {}
+        super().__init__(log)
+        self.device = device
         self._vllm: dict[int, float | None] = {}
 
     def row(self, case: Case) -> dict[str, Any]:
@@ -220,7 +221,7 @@ class Runner:
     def _runs(self, name: str, backend: str, inputs: Inputs) -> bool:
         reason = backends.unavailable(backend, inputs.case.what, inputs.device, inputs.fmt)
         if reason:
-            self._skip(name, reason)
+            self.skip(name, reason)
         return reason is None
 
     def _check(self, backend: str, inputs: Inputs) -> float:
@@ -250,22 +251,16 @@ class Runner:
         try:
             return graph_us(vllm_store(inputs), MILLISECONDS)
         except MissingError as reason:
-            self._skip("vllm", str(reason))
+            self.skip("vllm", str(reason))
         except Exception as error:
-            self._skip("vllm", f"{inputs.case.tokens} tokens: {type(error).__name__}: {error}"[:300])
+            self.skip("vllm", f"{inputs.case.tokens} tokens: {type(error).__name__}: {error}"[:300])
         return None
-
-    def _skip(self, name: str, reason: str) -> None:
-        reasons = self.skipped.setdefault(name, [])
-        if reason not in reasons:
-            reasons.append(reason)
-            self.log(f"skipping {name}: {reason}")
 
     def host_us(self) -> dict[str, float] | None:
         """See `host_us`; None where the cuda backend does not run."""
         reason = backends.unavailable("cuda", "decode", torch.device(self.device), KVFormat.from_name("k4v4", 128))
         if reason:
-            self._skip("host_us", reason)
+            self.skip("host_us", reason)
             return None
         return host_us(eager_calls())
 
@@ -295,16 +290,6 @@ def host_us(calls: dict[str, Call]) -> dict[str, float]:
         torch.cuda.synchronize()
         medians[name] = statistics.median(times[HOST_WARMUP_CALLS:]) / 1e3
     return medians
-
-
-def run(cases: Sequence[Case], runner: Runner, seconds: float, done: Callable[[dict[str, Any]], None]) -> bool:
-    """Measures cases until the time is up; `done` gets every row. Returns whether all cases were measured."""
-    start = time.monotonic()
-    for case in cases:
-        if time.monotonic() - start > seconds:
-            return False
-        done(runner.row(case))
-    return True
 
 
 def store_table(rows: Sequence[dict[str, Any]]) -> str:
