@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvturbo.config import SIDES, Side
 from kvturbo.eval.codec import Codec
 from kvturbo.eval.scoring import chunks
+from kvturbo.hf.attention import attending_with
 
 NAME = "kvturbo_simulation"
 
@@ -116,15 +116,11 @@ _CURRENT: ContextVar[Simulation | None] = ContextVar("simulation", default=None)
 @contextmanager
 def simulated(model: Any, simulation: Simulation) -> Iterator[Simulation]:
     """Lets the model's attention read its keys and values as the simulation says."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    before = model.config._attn_implementation
     token = _CURRENT.set(simulation)
-    model.set_attn_implementation(NAME)
     try:
-        yield simulation
+        with attending_with(model, NAME, _attention, _no_mask):
+            yield simulation
     finally:
-        model.set_attn_implementation(before)
         _CURRENT.reset(token)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,25 @@ def attend(
     _refuse(staged.layer.layer_idx, dropout=dropout, **kwargs)
     scoring = _scoring(query, scaling, softcap, s_aux)
     return attend_packed(staged, query, attention_mask, scoring).contiguous(), None
+
+
+@contextmanager
+def attending_with(model: Any, name: str, forward: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """Registers an attention implementation and its mask, and has the model use them for a while.
+
+    Args:
+        model: a model of transformers.
+        name: of the implementation.
+        forward, mask: as transformers' `AttentionInterface` and `AttentionMaskInterface` take them.
+    """
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def attention_mask(

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvturbo.guard.moments import LayerMoments, moments_of_weights, rotary_dim_of
-from kvturbo.hf.attention import attend, attention_mask
+from kvturbo.hf.attention import attend, attending_with, attention_mask
 from kvturbo.hf.geometry import full_attention_shapes, stock_layers
 from kvturbo.outliers import Pairing
 
@@ -62,16 +61,12 @@ def moments_of_text(model: Any, input_ids: Tensor, *, pairing: Pairing = "half")
 
 @contextmanager
 def _recording(model: Any) -> Iterator[Sums]:
-    AttentionInterface.register(RECORDING, _record)
-    AttentionMaskInterface.register(RECORDING, attention_mask)
-    before = model.config._attn_implementation
     sums: Sums = {}
     token = _sums.set(sums)
-    model.set_attn_implementation(RECORDING)
     try:
-        yield sums
+        with attending_with(model, RECORDING, _record, attention_mask):
+            yield sums
     finally:
-        model.set_attn_implementation(before)
         _sums.reset(token)
 
 
