@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvturbo.ops.checks import MAX_Q_LEN
+
 BLOCK = 128
 """Tokens in a block."""
-MAX_Q_LEN = 8
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends
+from kvturbo.ops.checks import MAX_Q_LEN
 
 
 def warmup(
@@ -41,8 +42,8 @@ def warmup(
         ValueError: the backend does not exist or can't run here, or max_q_len is not from 1 to 8.
         TypeError: an option does not exist.
     """
-    if max_q_len is not None and not 1 <= max_q_len <= 8:
-        raise ValueError(f"max_q_len must be from 1 to 8, got {max_q_len}")
+    if max_q_len is not None and not 1 <= max_q_len <= MAX_Q_LEN:
+        raise ValueError(f"max_q_len must be from 1 to {MAX_Q_LEN}, got {max_q_len}")
     unknown = set(options) - {"seq_starts", "window", "soft_cap", "sinks"}
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; valid: seq_starts, sinks, soft_cap, window")

@@ -256,6 +256,13 @@ def decode(
         out.zero_()
         return lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.expand_as(lse))
     variant = _variant(q, pages, seq_lens, fmt, out.dtype)
+    _check_contiguous(out=out, seq_lens=seq_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels)
+    if block_table.stride(1) != 1:
+        raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
+    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16 or pages.data_ptr() % 16:
+        raise ValueError(
+            f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
+        )
     if schedule is None:
         schedule = _schedule(variant, batch, kv_heads, q.device)
         schedule.update(seq_lens, q_lens, seq_starts, window)
@@ -264,13 +271,6 @@ def decode(
     elif (schedule.variant, schedule.batch, schedule.kv_heads, schedule.window) != (variant, batch, kv_heads, window):
         raise ValueError(
             f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
-        )
-    _check_contiguous(out=out, seq_lens=seq_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels)
-    if block_table.stride(1) != 1:
-        raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
-    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16 or pages.data_ptr() % 16:
-        raise ValueError(
-            f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
         )
     q = q.contiguous()
     schedule.launch(

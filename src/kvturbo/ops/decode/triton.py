@@ -20,7 +20,8 @@ from torch import Tensor
 from kvturbo.config import KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.ops import triton_common as common
-from kvturbo.ops.schedule import BLOCK, MAX_Q_LEN, Schedule, plan
+from kvturbo.ops.checks import MAX_Q_LEN
+from kvturbo.ops.schedule import BLOCK, Schedule, plan
 from kvturbo.ops.triton_common import (
     exact_dot,
     key_block,
