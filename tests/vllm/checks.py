@@ -7,7 +7,6 @@ model hardly prefers one to the other. `test_gpu.py` runs this file and looks at
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -15,8 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,18 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import vllm_models as models  # noqa: E402 (tests/ is not on the path of a script)
+from vllm_engines import (  # noqa: E402
+    MODEL,
+    PROMPT_TOKENS,
+    capacity,
+    close_losses,
+    engine,
+    generate,
+    losses,
+    prompts,
+    same_text,
+)
 
-MODEL = ROOT / "models" / "kvturbo-12m"
-GAP = 0.1
-"""A token may differ where the 16-bit model's two best logits are closer than this."""
-PROMPT_TOKENS, NEW_TOKENS = 1500, 48
 CHUNK = 512
 CHECKS: dict[str, Callable[[], str]] = {}
 
@@ -68,63 +73,6 @@ def plug_in() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
 
 
-def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
-    """Texts that the model has not seen, as token ids."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    ids = tokenizer.encode((MODEL / "heldout.txt").read_text()[: 40 * count * tokens]).ids
-    return [{"prompt_token_ids": ids[i * tokens : (i + 1) * tokens]} for i in range(count)]
-
-
-@contextmanager
-def engine(cache_dtype: str = "turboquant", **options: Any) -> Iterator[Any]:
-    """An LLM on the embedded model, taken down afterwards."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    defaults = {
-        "model": str(MODEL), "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 4096, "max_num_seqs": 16,
-        "gpu_memory_utilization": 0.15, "enable_prefix_caching": False, "seed": 0, "enforce_eager": True,
-    }  # fmt: skip
-    llm = LLM(**(defaults | {"kv_cache_dtype": cache_dtype} | options))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def generate(llm: Any, texts: list[Any], new_tokens: int = NEW_TOKENS) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens of every prompt, and the gap between the two best logits at each."""
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)
-    results = []
-    for output in llm.generate(texts, parameters, use_tqdm=False):
-        completion = output.outputs[0]
-        gaps = []
-        for entry in completion.logprobs:
-            best = sorted((value.logprob for value in entry.values()), reverse=True)
-            gaps.append(best[0] - best[1])
-        results.append((list(completion.token_ids), gaps))
-    return results
-
-
-def losses(llm: Any, texts: list[Any]) -> list[float]:
-    """Negative log-probability of every prompt token but the first, as the engine computes it chunk by chunk."""
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    values = []
-    for output in llm.generate(texts, parameters, use_tqdm=False):
-        for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
-            values.append(-entry[token].logprob)
-    return values
-
-
 _REFERENCE: dict[str, Any] = {}
 
 
@@ -136,33 +84,6 @@ def reference(key: str = "text", **options: Any) -> Any:
             _REFERENCE["text" + name.removeprefix(key)] = generate(llm, prompts())
             _REFERENCE["losses" + name.removeprefix(key)] = losses(llm, prompts())
     return _REFERENCE[name]
-
-
-def same_text(got: list[tuple[list[int], list[float]]], wanted: list[tuple[list[int], list[float]]]) -> str:
-    """Raises unless every first difference lies where the 16-bit model's gap is below `GAP`; says where they lie."""
-    differences = []
-    for (tokens, _), (expected, gaps) in zip(got, wanted, strict=True):
-        for i, (a, b) in enumerate(zip(tokens, expected, strict=True)):
-            if a != b:
-                differences.append((i, round(gaps[i], 3)))
-                break
-    assert all(gap < GAP for _, gap in differences), f"first differences (token, 16-bit gap): {differences}"
-    return f"{len(differences)} of {len(got)} texts differ, at (token, 16-bit gap) {differences}"
-
-
-def close_losses(got: list[float], wanted: list[float], bound: float = 0.02) -> str:
-    """Raises unless the mean loss is within a bound of the 16-bit one."""
-    mean, expected = sum(got) / len(got), sum(wanted) / len(wanted)
-    worst = max(abs(a - b) for a, b in zip(got, wanted, strict=True))
-    assert abs(mean - expected) < bound, f"loss {mean:.4f}, 16 bits {expected:.4f}"
-    return f"loss {mean:.4f}, 16 bits {expected:.4f}, largest difference of a token {worst:.3f}"
-
-
-def capacity(llm: Any) -> int:
-    """Tokens that fit in the cache."""
-    return int(
-        llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * llm.llm_engine.vllm_config.cache_config.block_size
-    )
 
 
 @check
@@ -266,10 +187,9 @@ def _random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict[str, 
     return [{"prompt_token_ids": [rng.randrange(10, vocabulary) for _ in range(tokens)]} for _ in range(count)]
 
 
-@check
-def sliding() -> str:
-    """Sliding-window and full layers, random weights: the model runs, and the full layers alone are packed."""
-    options = {"model": _folder(models.SLIDING), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
+def _beside_sixteen_bit(config: dict[str, Any]) -> str:
+    """Random weights of a model in the packed cache and in 16 bits: how many first tokens agree, and how many tokens fit."""
+    options = {"model": _folder(config), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
     texts = _random_prompts(4, PROMPT_TOKENS, 1000)
     with engine("auto", **options) as llm:
         wanted, before = generate(llm, texts, 8), capacity(llm)
@@ -277,19 +197,18 @@ def sliding() -> str:
         got, after = generate(llm, texts, 8), capacity(llm)
     first = sum(a[0][0] == b[0][0] for a, b in zip(got, wanted, strict=True))
     return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"
+
+
+@check
+def sliding() -> str:
+    """Sliding-window and full layers, random weights: the model runs, and the full layers alone are packed."""
+    return _beside_sixteen_bit(models.SLIDING)
 
 
 @check
 def mamba() -> str:
     """Mamba and attention layers in one pool, random weights."""
-    options = {"model": _folder(models.MAMBA), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
-    texts = _random_prompts(4, PROMPT_TOKENS, 1000)
-    with engine("auto", **options) as llm:
-        wanted, before = generate(llm, texts, 8), capacity(llm)
-    with engine(**options) as llm:
-        got, after = generate(llm, texts, 8), capacity(llm)
-    first = sum(a[0][0] == b[0][0] for a, b in zip(got, wanted, strict=True))
-    return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"
+    return _beside_sixteen_bit(models.MAMBA)
 
 
 @check

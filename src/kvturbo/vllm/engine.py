@@ -46,9 +46,8 @@ def _flash(
         q, k, v, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1],
         softmax_scale=scale, causal=causal, softcap=soft_cap, return_softmax_lse=True, out=out, fa_version=version,
     )  # fmt: skip
-    if (
-        result.data_ptr() != out.data_ptr()
-    ):  # versions that fold grouped heads for a single query make a tensor of their own
+    # Versions that fold grouped heads for a single query make a tensor of their own.
+    if result.data_ptr() != out.data_ptr():
         out.copy_(result)
     sums: Tensor = lse
     return sums
