@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ from vllm_engines import (  # noqa: E402
 )
 
 CHUNK = 512
+ALONE = ("speed", "tensor_parallel")
+"""Checks that want the GPU for themselves."""
 CHECKS: dict[str, Callable[[], str]] = {}
 
 
@@ -275,7 +279,7 @@ def speed() -> str:
     config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8]}
     options = {
         "model": _folder(models.QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8, "enforce_eager": False,
-        "gpu_memory_utilization": 0.6, "compilation_config": config,
+        "gpu_memory_utilization": 0.6, "kv_cache_memory_bytes": None, "compilation_config": config,
     }  # fmt: skip
     texts, lines = _random_prompts(8, 8192, 150000), []
     for cache_dtype in ("auto", "turboquant"):
@@ -304,24 +308,59 @@ def run(name: str) -> Result:
     return result
 
 
+def run_beside(names: list[str], jobs: int, budget: float, log: Path | None) -> list[Result]:
+    """Checks in processes of their own, several at once on the same GPU; those of `ALONE` afterwards, by themselves."""
+    deadline = time.monotonic() + budget
+    folder = log or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    together, alone = [n for n in names if n not in ALONE], [n for n in names if n in ALONE]
+
+    def one(name: str) -> Result:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return Result(name, False, 0.0, "not run: out of time")
+        file, start = folder / f"{name}.json", time.monotonic()
+        with (folder / f"{name}.log").open("w") as output:
+            command = [sys.executable, __file__, name, "--json", str(file)]
+            try:
+                subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=left)
+            except subprocess.TimeoutExpired:
+                return Result(name, False, round(time.monotonic() - start, 1), "stopped: out of time")
+        if not file.exists():
+            return Result(name, False, round(time.monotonic() - start, 1), f"the process died: see {output.name}")
+        result = Result(**json.loads(file.read_text())[0])
+        print(f"CHECK {name}: {'ok' if result.ok else 'FAILED'}", flush=True)
+        return result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(one, together))
+    return results + [one(name) for name in alone]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(CHECKS)} (default: all)")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further check is begun")
     parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--jobs", type=int, default=1, help="checks at once, each in a process of its own (default: 1)")
+    parser.add_argument("--log", type=Path, help="a folder for what those processes print")
     options = parser.parse_args()
     plug_in()
+    names = options.names or list(CHECKS)
     start, results = time.perf_counter(), []
-    for name in options.names or CHECKS:
+    if options.jobs > 1:
+        results = run_beside(names, options.jobs, options.budget, options.log)
+        names = []
+    for name in names:
         if time.perf_counter() - start > options.budget:
             results.append(Result(name, False, 0.0, "not run: out of time"))
             continue
         results.append(run(name))
-        if options.json:
-            options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
     print(f"\n{'check':<16}{'':<8}{'s':>6}  result")
     for result in results:
-        print(f"{result.name:<16}{'ok' if result.ok else 'FAILED':<8}{result.seconds:>6}  {result.text[:160]}")
+        print(f"{result.name:<16}{'ok' if result.ok else 'FAILED':<8}{result.seconds:>6}  {result.text[:300]}")
     sys.exit(not all(result.ok for result in results))
 
 

@@ -26,7 +26,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("vLLM is not installed here")
     path = tmp_path_factory.mktemp("vllm") / "results.json"
     names = [name for name in NAMES if name != "tensor_parallel" or torch.cuda.device_count() > 1]
-    command = [sys.executable, str(Path(__file__).with_name("checks.py")), *names, "--json", str(path)]
+    script = str(Path(__file__).with_name("checks.py"))
+    command = [sys.executable, script, *names, "--jobs", "8", "--json", str(path), "--log", str(path.parent / "logs")]
     subprocess.run(command, check=False)
     return {result["name"]: result for result in json.loads(path.read_text())}
 
