@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import stat
 import subprocess
@@ -101,6 +103,42 @@ def test_the_folder_is_private_and_so_are_the_files(folder: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("mode,owner", [(0o777, 0), (0o720, 0), (0o700, 1)], ids=["all", "its group", "another user"])
+def test_code_that_somebody_else_could_have_written_is_not_used(
+    folder: Path,
+    compilations: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: int,
+    owner: int,
+) -> None:
+    code = jit.compiled(SOURCE, "sm_90a", {"FACTOR": 2})
+    (path,) = folder.iterdir()
+    folder.chmod(mode)
+    user = os.getuid() + owner
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    path.write_bytes(hashlib.sha256(b"planted").digest() + b"planted")
+    with caplog.at_level(logging.WARNING):
+        assert [jit.compiled(SOURCE, "sm_90a", {"FACTOR": 2}) for _ in range(2)] == [code, code]
+    assert len(compilations) == 2, "this process has a folder of its own, and finds its code there"
+    own = jit.cache_folder()
+    assert own != folder and stat.S_IMODE(own.stat().st_mode) == 0o700 and len(list(own.iterdir())) == 1
+    assert path.read_bytes().endswith(b"planted") and len(list(folder.iterdir())) == 1
+    (message,) = caplog.messages
+    assert f"{folder} belongs to user {user - owner} with mode {mode:o}, this process is user {user}" in message
+
+
+@pytest.mark.parametrize("call", ["fdopen", "replace"])
+def test_a_write_that_fails_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left on device"):
+        jit.compiled(SOURCE, "sm_90a", {"FACTOR": 2})
+    assert not list(folder.iterdir())
 
 
 def test_a_source_that_does_not_compile_is_an_error_that_shows_the_line(folder: Path) -> None:

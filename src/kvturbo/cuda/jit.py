@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
+import stat
 import tempfile
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _DIGEST_BYTES = 32
+_log = logging.getLogger(__name__)
 
 
 class CudaError(RuntimeError):
@@ -30,10 +33,28 @@ def arch_of(device: torch.device) -> str:
 
 
 def cache_folder() -> Path:
-    """Where machine code is cached: `kvturbo` in XDG_CACHE_HOME or ~/.cache, private to the user."""
+    """Where machine code is cached: `kvturbo` in XDG_CACHE_HOME or ~/.cache, private to the user.
+
+    Machine code is run as it is found, so a folder that somebody else owns or may write to is not used: the log says so, and
+    this process compiles into a folder of its own, which goes when it ends.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvturbo"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    found = folder.stat()
+    if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return folder
+    return Path(_own_folder(folder, found.st_uid, stat.S_IMODE(found.st_mode)).name)
+
+
+@lru_cache(maxsize=8)
+def _own_folder(refused: Path, owner: int, mode: int) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder for this process, instead of one that others can write to."""
+    _log.warning(
+        "%s belongs to user %d with mode %o, this process is user %d: kernels are compiled anew in every process; chown it and "
+        "chmod it to 700, or set XDG_CACHE_HOME",
+        refused, owner, mode, os.getuid(),
+    )  # fmt: skip
+    return tempfile.TemporaryDirectory(prefix="kvturbo-")
 
 
 def compile_source(source: str, arch: str, macros: dict[str, int | str]) -> tuple[bytes, str]:
@@ -76,11 +97,33 @@ def compiled(source: str, arch: str, macros: dict[str, int | str]) -> bytes:
         if hashlib.sha256(code).digest() == data[:_DIGEST_BYTES]:
             return code
     code, _ = compile_source(source, arch, macros)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(hashlib.sha256(code).digest() + code)
-    os.replace(temporary, path)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there still if the disk is full
     return code
+
+
+class Parameters(ctypes.Structure):
+    """A kernel's struct, which knows where the driver finds it."""
+
+    @cached_property
+    def _pointer(self) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * 1)(ctypes.addressof(self))
+
+    @cached_property
+    def address(self) -> int:
+        """Of the list of arguments that cuLaunchKernel takes."""
+        return ctypes.addressof(self._pointer)
+
+
+def current_stream(device: int) -> int:
+    """The handle of a GPU's current stream; a tenth of the time of `torch.cuda.current_stream`."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 class Kernel:
@@ -97,6 +140,7 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver, self._device, self.shared_bytes = driver, device.index, shared_bytes
+        self._current_device = torch._C._cuda_getDevice
         with torch.cuda.device(device):  # a function belongs to the context that is current when it is asked for
             torch.cuda.current_stream(device)
             self._library = _checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0))
@@ -110,17 +154,16 @@ class Kernel:
         count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes)
         return int(_checked(count))
 
-    def launch(self, grid: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
+    def launch(self, grid: int, threads: int, parameters: Parameters, stream: int) -> None:
         """Launches on a stream (its handle) of the kernel's device. The parameters are copied before this returns."""
-        if torch.cuda.current_device() != self._device:  # the default stream's handle means the current device's
+        if self._current_device() != self._device:  # the default stream's handle means the current device's
             with torch.cuda.device(self._device):
                 return self.launch(grid, threads, parameters, stream)
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        _checked(
-            self._driver.cuLaunchKernel(
-                self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointer), 0
-            )
+        (error,) = self._driver.cuLaunchKernel(
+            self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, parameters.address, 0
         )
+        if error:
+            raise CudaError(f"CUDA driver error {error!r}")
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
-from kvturbo.cuda.jit import Kernel, arch_of, compiled
+from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled
 from kvturbo.cuda.source import TYPES, pointer, sign_words
 from kvturbo.layout import PageLayout
 from kvturbo.ops.decode.variants import FEW_TASKS, FOLDER, Variant, limits_of, variant_for
@@ -19,7 +19,7 @@ _LOG2E = 1.4426950408889634
 _CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
 
 
-class _Params(ctypes.Structure):
+class _Params(Parameters):
     """`Params` of decode.cu."""
 
     _fields_ = (
@@ -36,7 +36,7 @@ class _Params(ctypes.Structure):
     )
 
 
-class _ScheduleParams(ctypes.Structure):
+class _ScheduleParams(Parameters):
     """`Params` of schedule.cu."""
 
     _fields_ = (

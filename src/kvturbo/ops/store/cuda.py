@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
-from kvturbo.cuda.jit import Kernel, arch_of, compiled
+from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled
 from kvturbo.cuda.source import TYPES, page_macros, pointer, sign_words, source
 from kvturbo.layout import PageLayout
 
@@ -44,7 +44,7 @@ class Variant:
         return source(Path(__file__).parent / "store.cu", self.fmt.head_dim)
 
 
-class _Params(ctypes.Structure):
+class _Params(Parameters):
     """`Params` of store.cu."""
 
     _fields_ = (
