@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 MODEL = Path(__file__).parents[1] / "models" / "kvturbo-12m"
 GAP = 0.1
-"""A token may differ where the 16-bit model's two best logits are closer than this."""
+"""A token may differ where the two best logits are closer than this: a bf16 logit between 8 and 16 has steps of 0.06."""
 PROMPT_TOKENS, NEW_TOKENS = 1500, 48
+CHUNK = 512
 CACHE_BYTES = 2 << 30
 """Fixed, because vLLM can't measure how much is free while other engines start and end on the same GPU."""
+
+Text = tuple[list[int], list[float]]
+"""Greedy tokens, and the gap between the two best logits at each."""
 
 
 def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
@@ -46,7 +59,47 @@ def engine(cache_dtype: str = "turboquant", **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any, texts: list[Any], new_tokens: int = NEW_TOKENS) -> list[tuple[list[int], list[float]]]:
+@contextmanager
+def serving(*flags: str, port: int = 8731, seconds: float = 180) -> Iterator[Callable[[list[Any]], list[list[int]]]]:
+    """A server on the embedded model with some flags; gives a function from prompts to greedy tokens, all asked for at once."""
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--port", str(port), *flags]
+    process = subprocess.Popen(command, env=environment)
+    url = f"http://127.0.0.1:{port}"
+
+    def ask(prompt: Any) -> list[int]:
+        body = {
+            "model": str(MODEL), "prompt": prompt["prompt_token_ids"], "temperature": 0, "max_tokens": NEW_TOKENS,
+            "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            tokens: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return tokens
+
+    try:
+        _wait_for(f"{url}/health", process, seconds)
+        with ThreadPoolExecutor(16) as pool:
+            yield lambda texts: list(pool.map(ask, texts))
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with exit code {process.returncode}")
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"no answer from {url} within {seconds} s")
+
+
+def generate(llm: Any, texts: list[Any], new_tokens: int = NEW_TOKENS) -> list[Text]:
     """Greedy tokens of every prompt, and the gap between the two best logits at each."""
     from vllm import SamplingParams
 
@@ -62,6 +115,13 @@ def generate(llm: Any, texts: list[Any], new_tokens: int = NEW_TOKENS) -> list[t
     return results
 
 
+def one_token() -> Any:
+    """Parameters for one greedy token."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+
+
 def losses(llm: Any, texts: list[Any]) -> list[float]:
     """Negative log-probability of every prompt token but the first, as the engine computes it chunk by chunk."""
     from vllm import SamplingParams
@@ -74,16 +134,38 @@ def losses(llm: Any, texts: list[Any]) -> list[float]:
     return values
 
 
-def same_text(got: list[tuple[list[int], list[float]]], wanted: list[tuple[list[int], list[float]]]) -> str:
-    """Raises unless every first difference lies where the 16-bit model's gap is below `GAP`; says where they lie."""
+def same_text(got: list[Text], wanted: list[Text]) -> str:
+    """Raises unless every first difference lies where the gap of `wanted` is below `GAP`; says where they lie."""
+    differences = first_differences(got, wanted)
+    assert all(gap < GAP for _, gap in differences), f"first differences (token, gap): {differences}"
+    return f"{len(differences)} of {len(got)} texts differ, at (token, gap) {differences}"
+
+
+def first_differences(got: list[Text], wanted: list[Text]) -> list[tuple[int, float]]:
+    """Where texts part, and how far the two best logits of `wanted` lie apart there; of the texts that do part."""
     differences = []
     for (tokens, _), (expected, gaps) in zip(got, wanted, strict=True):
-        for i, (a, b) in enumerate(zip(tokens, expected, strict=True)):
-            if a != b:
-                differences.append((i, round(gaps[i], 3)))
-                break
-    assert all(gap < GAP for _, gap in differences), f"first differences (token, 16-bit gap): {differences}"
-    return f"{len(differences)} of {len(got)} texts differ, at (token, 16-bit gap) {differences}"
+        place = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), None)
+        if place is not None:
+            differences.append((place, round(gaps[place], 3)))
+    return differences
+
+
+def regrets(llm: Any, texts: list[Any], got: list[Text]) -> list[float]:
+    """How much more likely than the token that was written another one is to an engine that reads the same text: the difference
+    of their log-probabilities for every written token, 0 where it would have written the same.
+    """
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    whole = [
+        {"prompt_token_ids": text["prompt_token_ids"] + tokens} for text, (tokens, _) in zip(texts, got, strict=True)
+    ]
+    values = []
+    for output, (tokens, _) in zip(llm.generate(whole, parameters, use_tqdm=False), got, strict=True):
+        for token, entry in zip(tokens, output.prompt_logprobs[-len(tokens) :], strict=True):
+            values.append(max(x.logprob for x in entry.values()) - entry[token].logprob)
+    return values
 
 
 def close_losses(got: list[float], wanted: list[float], bound: float = 0.02) -> str:
@@ -99,3 +181,29 @@ def capacity(llm: Any) -> int:
     return int(
         llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * llm.llm_engine.vllm_config.cache_config.block_size
     )
+
+
+def model_folder(config: dict[str, Any]) -> str:
+    """A folder with a config.json, which is enough for random weights."""
+    folder = tempfile.mkdtemp()
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """Prompts of random tokens."""
+    rng = random.Random(0)
+    return [{"prompt_token_ids": [rng.randrange(10, vocabulary) for _ in range(tokens)]} for _ in range(count)]
+
+
+def beside_sixteen_bit(config: dict[str, Any]) -> str:
+    """Random weights of a model in the packed cache and in 16 bits: how many first tokens agree, and how many tokens fit."""
+    options = {"model": model_folder(config), "load_format": "dummy", "max_num_batched_tokens": CHUNK}
+    texts = random_prompts(4, PROMPT_TOKENS, 1000)
+    with engine("auto", **options) as llm:
+        wanted, before = generate(llm, texts, 8), capacity(llm)
+    with engine(**options) as llm:
+        got, after = generate(llm, texts, 8), capacity(llm)
+    first = sum(a[0][0] == b[0][0] for a, b in zip(got, wanted, strict=True))
+    assert first >= len(texts) - 1, f"{first} of {len(texts)} first tokens as in 16 bits"
+    return f"{first} of {len(texts)} first tokens as in 16 bits; {before} -> {after} tokens fit"

@@ -27,6 +27,20 @@ SLIDING = _COMMON | {
     "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 
+HEAD_DIM_64 = _COMMON | {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4, "rope_theta": 1e4,
+    "num_attention_heads": 8, "head_dim": 64,
+}  # fmt: skip
+
+HEAD_DIM_256 = HEAD_DIM_64 | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+
+SOFT_CAP = _COMMON | {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "num_hidden_layers": 4, "head_dim": 128,
+    "sliding_window": 256, "query_pre_attn_scalar": 128, "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": False,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
 MAMBA = _COMMON | {
     "architectures": ["JambaForCausalLM"], "model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 2,
     "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1,

@@ -15,8 +15,9 @@ import vllm_standin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 NAMES = (
-    "eager", "chunks", "full_graphs", "prefix_hit", "compiled", "ngram", "preemption", "skip_layers", "half_precision",
-    "outliers", "two_bits", "sliding", "mamba", "cpu_offload", "draft_model", "tensor_parallel", "reference_path", "speed",
+    "eager", "chunks", "full_graphs", "piecewise_graphs", "compiled", "prefix_hit", "ngram", "draft_model", "preemption",
+    "skip_layers", "half_precision", "outliers", "many_texts", "two_bits", "sliding", "head_dims", "soft_caps", "mamba",
+    "cpu_offload", "processes", "server", "tensor_parallel", "reference_path", "speed",
 )  # fmt: skip
 
 
