@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -336,7 +335,8 @@ def speed() -> str:
 
     config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8]}
     options = {
-        "model": model_folder(models.QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8, "enforce_eager": False,
+        "model": model_folder(models.QWEN_7B), "load_format": "dummy", "max_model_len": 8704, "max_num_seqs": 8,
+        "enforce_eager": False,
         "gpu_memory_utilization": 0.6, "kv_cache_memory_bytes": None, "compilation_config": config,
     }  # fmt: skip
     texts, lines = random_prompts(8, 8192, 150000), []
