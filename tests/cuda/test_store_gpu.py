@@ -35,9 +35,11 @@ def test_codes_are_the_references(span: int, head_dim: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("name", ["k4v4", "k3v3", "k2v2"])
-def test_codes_of_a_long_prefill_are_the_references(span: int, name: str, page_size: int) -> None:
-    fmt = KVFormat.from_name(name, 128)
+@pytest.mark.parametrize(
+    "name,head_dim", [("k4v4", 128), ("k3v3", 128), ("k2v2", 128), ("lite4", 80), ("k4v4-o16", 80)]
+)
+def test_codes_of_a_long_prefill_are_the_references(span: int, name: str, head_dim: int, page_size: int) -> None:
+    fmt = KVFormat.from_name(name, head_dim)
     slots = torch.randperm(40)[:32].repeat_interleave(page_size) * page_size + torch.arange(page_size).repeat(32)
     check_store(store.store, fmt, page_size, slots[3:-2], *vectors(fmt, len(slots) - 5, 4), DEVICE)
 
