@@ -132,19 +132,22 @@ def _over_prefix(
     outlier_channels: Tensor | None,
     backend: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Attention over the packed prefix, merged over its pieces and un-rotated: at most one (out, lse)."""
+    """Attention over the packed prefix, merged piece by piece (their number grows with the prefix) and un-rotated.
+
+    At most one (out, lse).
+    """
     rotated = has_rotated_form(fmt.k) and has_rotated_form(fmt.v)
     turn = rotated and fmt.k.rotate
     query = rotate(q, fmt.seed).to(q.dtype) if turn else q
-    parts = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for start in range(view.first_seen, view.prefix, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, view.prefix)
         k, v = gather(
             pages, table, start, stop,
             fmt=fmt, rotated=rotated, outlier_channels=outlier_channels, dtype=q.dtype, backend=backend,
         )  # fmt: skip
-        parts.append(view.attend(query, k[0], v[0], start, stop))
+        parts = [merge([*parts, view.attend(query, k[0], v[0], start, stop)])]
     if not parts:
         return []
-    out, lse = merge(parts)
+    out, lse = parts[0]
     return [(unrotate(out, fmt.seed) if turn else out, lse)]
