@@ -15,14 +15,13 @@ from kvturbo.eval.codec import (
     centred,
     mixed,
     packed_codec,
+    plan_codec,
     rescaled,
     scaled_keys,
 )
 from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.trellis import trellis_values
-from kvturbo.guard import LayerMoments, choose_format, moments_of_weights
-from kvturbo.guard.merit import channels_for
-from kvturbo.hf.geometry import windows_of
+from kvturbo.guard import make_plan, moments_of_weights
 
 if TYPE_CHECKING:
     from quality_rows import Subject
@@ -58,8 +57,7 @@ def without_mean(base: Entry, side: Side) -> Entry:
     """The mean of the calibration text taken off keys or values."""
 
     def make(subject: Subject) -> Codec:
-        found = subject.calibration
-        return centred(base(subject), found.key_mean if side == "k" else found.value_mean, side)
+        return centred(base(subject), subject.calibration.means(side), side)
 
     return make
 
@@ -74,20 +72,14 @@ def guarded(base: str) -> Entry:
 
     def make(subject: Subject) -> Codec:
         model = subject.loaded.model
-        moments = moments_of_weights(model.state_dict(), model.config.to_dict())
-        layers = {i: _guarded_layer(i, moment, base, subject) for i, moment in moments.items()}
-        return by_layer(layers, windows_of(KVFormat.from_name(base, subject.head_dim), None, None))
+        return plan_codec(make_plan(moments_of_weights(model.state_dict(), model.config.to_dict()), base))
 
     return make
 
 
-def _guarded_layer(layer: int, moments: LayerMoments, base: str, subject: Subject) -> Codec:
-    name = choose_format(moments, base)
-    if name == "16bit":
-        return SIXTEEN_BIT
-    fmt = KVFormat.from_name(name, subject.head_dim)
-    channels = {layer: channels_for(moments, fmt.outliers)} if fmt.outliers else None
-    return packed_codec(fmt, channels)
+def planned(bits: float) -> Entry:
+    """The plan within so many bits that the losses of layers give, as `kvturbo plan` finds it."""
+    return lambda subject: plan_codec(subject.plan(bits))
 
 
 def altered(
@@ -156,6 +148,8 @@ def _constant(codec: Codec) -> Entry:
 
 
 FOLDED = "folded"
+PLAN_BITS = 2.9
+PLANNED = f"plan of at most {PLAN_BITS} bits"
 FIXES: dict[str, Entry] = {
     "k4v4 guarded": guarded("k4v4"),
     f"k4v4 {FOLDED}": folded(format_entry("k4v4")),
@@ -169,6 +163,7 @@ FIXES: dict[str, Entry] = {
 def low_entries() -> dict[str, Entry]:
     """Settings of at most 2.9 bits at 8k beside the formats."""
     return {
+        PLANNED: planned(PLAN_BITS),
         f"k3v2 {FOLDED}": folded(format_entry("k3v2")),
         "k3v2 value mean removed": without_mean(format_entry("k3v2"), "v"),
         f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),

@@ -15,8 +15,11 @@ from kvturbo.eval.calibration import Calibration, calibrate
 from kvturbo.eval.codec import Codec
 from kvturbo.eval.measure import Passages, RetrievalMeasure, TextMeasure, cut_passages
 from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.retrieval import get_setting
+from kvturbo.eval.simulated_plans import find_plan, question_rows, text_rows
 from kvturbo.eval.simulation import Simulation
+from kvturbo.guard import Plan, make_plan
 from kvturbo.hf.calibration import moments_of_text
 from kvturbo.hf.fold import fold
 
@@ -28,19 +31,12 @@ BY_LENGTH = ("multikey-1k", "multikey-4k", "needle-4k", "needle-8k", "hops-4k", 
 LENGTH_ENTRIES = ("k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "vllm-4bit_nc", "vllm-3bit_nc", "kivi2")
 EASY = (*MAIN, "k2v2", "tq3.5", "tq2.5", "qjl3", "vllm-k3v4_nc", "kivi2", "kivi4", "pr38280", "quarot-int4")
 """Measured on the easier retrieval setting too."""
-CASE_RETRIEVAL = ("k4v4", "k3v3", "vllm-4bit_nc", *(name for name in FIXES if "," not in name))
-CASE_ENTRIES = (
-    "k4v4",
-    "k4v4-o16",
-    "k4v4-o32",
-    "k8v4",
-    "k3v3",
-    "fp8",
-    "vllm-4bit_nc",
-    "kivi4",
-    "kvarn-k4v2",
-    "quarot-int4",
-)
+CASE_FORMATS = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k8v4", "k4v4-o16", "k4v4-o32")
+"""Measured on every case, beside all baselines and fixes."""
+MOST_PROMPTS = 128
+"""Contexts of a retrieval setting: those of one question each give fewer questions."""
+PLAN_PROMPTS = 8
+"""Retrieval contexts that plans are compared on, beside the calibration text."""
 LAYER_FORMAT = "k3v3"
 SIDE_FORMATS = ("k4v4", "k3v3", "k2v2")
 HEAD_FORMATS = ("k4v2", "k3v3 without windows")
@@ -90,6 +86,7 @@ class Subject:
         self._text: TextMeasure | None = None
         self._calibration: Calibration | None = None
         self._retrieval: tuple[str, int, RetrievalMeasure] | None = None
+        self._plans: dict[float, Plan] = {}
 
     @property
     def head_dim(self) -> int:
@@ -112,11 +109,23 @@ class Subject:
             self._text = TextMeasure(self.loaded.model, self._passages)
         return self._text
 
+    def plan(self, bits: float) -> Plan:
+        """The best plan of at most so many bits, measured on the calibration text and on contexts that are not scored."""
+        if bits not in self._plans:
+            model, sizes = self.loaded.model, self.sizes
+            base = make_plan(self.calibration.moments)
+            rows = [
+                text_rows(model, self.calibration_ids, min(sizes.prefix, sizes.calibration // 2), sizes.chunk),
+                question_rows(self.loaded, get_setting(RETRIEVAL[0]), PLAN_PROMPTS),
+            ]
+            self._plans[bits] = find_plan(rows, base, bits, CONTEXT)
+        return self._plans[bits]
+
     def retrieval(self, setting: str, questions: int) -> RetrievalMeasure:
         """Contexts for at least so many questions; those of one setting are kept."""
         if self._retrieval is None or self._retrieval[0] != setting or self._retrieval[1] < questions:
             self._retrieval = None  # frees the contexts before others are read
-            prompts = math.ceil(questions / get_setting(setting).questions)
+            prompts = _prompts(questions, get_setting(setting).questions)
             measure = RetrievalMeasure(self.loaded, setting, prompts, self.sizes.batch)
             self._retrieval = setting, questions, measure
         return self._retrieval[2]
@@ -195,10 +204,11 @@ def _case(case: str, entries: dict[str, Entry], sizes: Sizes) -> Iterator[Job]:
     if case.endswith(CONTROL):
         yield _text("case", case, "k4v4", entries["k4v4"])
         return
-    chosen = {name: entries[name] for name in CASE_ENTRIES if name in entries} | FIXES
+    names = [name for name in entries if name in CASE_FORMATS or name in BASELINES.names()]
+    chosen = {name: entries[name] for name in names} | FIXES
     for name, entry in chosen.items():
         yield _text("case", case, name, entry)
-    for name in ("16bit", *CASE_RETRIEVAL):
+    for name in ("16bit", *chosen):
         yield _retrieval("case-retrieval", case, name, chosen.get(name), RETRIEVAL[0], False, sizes)
     for name in REPAIRED_ENTRIES:
         yield _text("case", case + REPAIRED, name, entries[name])
@@ -254,10 +264,14 @@ def _retrieval(section: str, case: str, name: str, entry: Entry | None, setting:
         asked = sizes.questions if section == "retrieval" else sizes.few
         measured = subject.retrieval(setting, asked)
         codec = None if entry is None else entry(subject)
-        prompts = math.ceil((sizes.questions if many else sizes.few) / measured.questions_each)
+        prompts = _prompts(sizes.questions if many else sizes.few, measured.questions_each)
         return _size(codec, subject) | measured.measure(codec, prompts)
 
     return Job(section, case, name, setting, measure)
+
+
+def _prompts(questions: int, each: int) -> int:
+    return min(math.ceil(questions / each), MOST_PROMPTS)
 
 
 def _size(codec: Codec | None, subject: Subject) -> dict[str, Any]:

@@ -107,11 +107,13 @@ def test_paired_differences_by_hand() -> None:
 def test_calibration_finds_the_moments_of_the_cache(tiny: LoadedModel) -> None:
     ids = torch.from_numpy(tiny.text[None, :200])
     found = calibrate(tiny.model, ids)
-    kept = Simulation(keep=True)
-    run(tiny.model, ids, kept)
-    k, v = kept.kept[1]
-    torch.testing.assert_close(found.key[1], k.float().square().mean((0, 2)))
-    torch.testing.assert_close(found.value_mean[1], v.float().mean((0, 2)))
+    rounded, exact = Simulation(keep=True), Simulation(keep=True, raw_dtype=None)
+    for simulation in (rounded, exact):
+        run(tiny.model, ids, simulation)
+    k, v = exact.kept[1]
+    torch.testing.assert_close(found.moments[1].key.float(), k.square().mean((0, 2)))
+    torch.testing.assert_close(found.means("v")[1].float(), v.mean((0, 2)))
+    torch.testing.assert_close(found.means("k")[1], rounded.kept[1][0].float().mean((0, 2)))
     assert all((tokens >= 1).all() and (tokens <= 200).all() for tokens in found.effective_tokens.values())
     sharp = torch.cat(list(found.sharp_heads().values()))
     every = torch.cat(list(found.effective_tokens.values()))

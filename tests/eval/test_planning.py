@@ -24,11 +24,12 @@ from kvturbo.eval.planning import (
 )
 from kvturbo.eval.retrieval import Setting
 from kvturbo.eval.runner import Evaluation
+from kvturbo.eval.simulated_plans import find_plan, question_rows, text_rows
 from kvturbo.eval.tasks.text import TextTask
 from kvturbo.guard import LayerPlan, Plan, make_plan, write_plan
 from kvturbo.hf import TurboCache
 from kvturbo.hf.calibration import moments_of_model
-from kvturbo.hf.sizes import cache_bytes
+from kvturbo.hf.sizes import bits_per_element, cache_bytes
 
 TOKENS = 1000
 
@@ -120,3 +121,30 @@ def _fill(loaded, cache: TurboCache) -> None:
 def test_a_text_that_is_too_short(loaded) -> None:
     with pytest.raises(ValueError, match="at least prefix . scored = 100100 tokens"):
         next(text_passages(loaded, 1, 100_000, 100, 8))
+
+
+def test_simulated_rows_have_the_losses_of_packed_caches(loaded) -> None:
+    """The same tokens through codecs and through caches; a simulation rounds raw keys and values to bf16, which is the rest."""
+    base = make_plan(moments_of_model(loaded.model))
+    plan = _plan(base, (Choice("k3v2", 2, 8), Choice("k2v2")))
+    passage = next(text_passages(loaded, 1, 96, 32, 8))
+    ids = loaded.text[:128].copy()
+    ids[0] = loaded.tokenizer.bos_token_id
+    rows = text_rows(loaded.model, torch.from_numpy(ids)[None], 96, 8)
+    assert rows.loss(plan) == pytest.approx(passage.loss(plan), rel=0.02)
+    setting = Setting("multikey", 160, records=6, questions=2, key_tokens=2, value_tokens=2)
+    passages = list(retrieval_passages(loaded, setting, 3, 1 << 10))
+    together = question_rows(loaded, setting, 3)
+    assert together.loss(plan) == pytest.approx(sum(p.loss(plan) for p in passages) / 3, rel=0.05)
+    assert together.loss(_plan(base, (Choice("16bit"),) * 2)) == 0
+
+
+def test_a_plan_is_found_by_simulation(loaded) -> None:
+    base = make_plan(moments_of_model(loaded.model))
+    rows = [text_rows(loaded.model, torch.from_numpy(loaded.text[None, :800].copy()), 600, 64)]
+    plan = find_plan(rows, base, 4.5, 800)
+    assert bits_per_element(plan, 800) <= 4.5
+    others = [Plan({i: Choice(name).of(layer) for i, layer in base.layers.items()}) for name in ("k4v4", "k4v3")]
+    assert rows[0].loss(plan) <= min(rows[0].loss(other) for other in others)
+    with pytest.raises(ValueError, match="no plan takes at most 1.5 bits per element at 800 tokens"):
+        find_plan(rows, base, 1.5, 800)

@@ -13,12 +13,26 @@ from torch import Tensor
 from kvturbo.config import KVFormat, Side
 from kvturbo.eval.baselines.sixteen_bit import SixteenBitCache
 from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.codec import SIXTEEN_BIT, Codec, by_layer, centred, mixed, packed_codec, rescaled, scaled_keys
+from kvturbo.eval.codec import (
+    SIXTEEN_BIT,
+    Codec,
+    by_layer,
+    centred,
+    mixed,
+    packed_codec,
+    plan_codec,
+    rescaled,
+    scaled_keys,
+)
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.planning import PlanSpec
 from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.scoring import feed, lock_step, start
 from kvturbo.eval.simulation import Simulation, run
+from kvturbo.guard import Plan, make_plan
+from kvturbo.hf.calibration import moments_of_model
+from kvturbo.hf.sizes import bits_per_element
 from tiny_model import HEAD_DIM, KV_HEADS, LAYERS
 
 PREFIX, SCORED, CHUNK = 200, 60, 16
@@ -197,6 +211,24 @@ def test_codecs_by_layer_and_by_side() -> None:
         both.bytes_per_token(128)
 
 
+def test_a_plans_simulation_gives_the_logits_of_its_cache(tiny: LoadedModel) -> None:
+    """Formats and windows differ from layer to layer, and so do the packed tokens that are read."""
+    base = make_plan(moments_of_model(tiny.model))
+    first, second = base.layers[0], base.layers[1]
+    plan = Plan({0: replace(first, format="k3v2", sink=4, recent=40), 1: replace(second, format="k4v4-o16")})
+    spec = PlanSpec("plan", plan=plan)
+    packed = packed_logits(tiny, spec)
+    simulation = Simulation(plan_codec(plan), first=PREFIX, chunk=CHUNK, raw_dtype=None)
+    simulated = run(tiny.model, ids_of(tiny), simulation, start=PREFIX)[0]
+    exact = run(tiny.model, ids_of(tiny), Simulation(raw_dtype=None), start=PREFIX)[0]
+    assert kl_divergence(packed, simulated).mean() < 0.05 * kl_divergence(exact, packed).mean()
+    starts = range(PREFIX, PREFIX + SCORED, CHUNK)
+    assert simulation.packed_tokens_read == sum(2 * start - 44 for start in starts)
+    assert plan_codec(plan).bits_at(HEAD_DIM, 1000) == pytest.approx(bits_per_element(plan, 1000), rel=0.02)
+    whole = plan_codec(Plan({i: replace(layer, format="16bit") for i, layer in plan.layers.items()}))
+    assert whole.bits_at(HEAD_DIM, 100) == 16
+
+
 def test_the_models_attention_is_put_back_and_never_used_outside(tiny: LoadedModel) -> None:
     before = tiny.model.config._attn_implementation
     run(tiny.model, ids_of(tiny, 20), Simulation())
@@ -215,15 +247,16 @@ def test_a_simulated_cache_gives_the_logits_of_a_simulation(tiny: LoadedModel, n
     pr38280), for which the stretch of tokens differs."""
     codec = BASELINES.get(name).codec
     assert codec is not None
-    ids = tiny.text[: PREFIX + CHUNK]
+    prefix = 300  # two tiles of KVarN's and a part, so that it packs one
+    ids = tiny.text[: prefix + CHUNK]
     cache = BASELINES.get(name).new(tiny.model.config)
     with torch.inference_mode():
-        for piece in (ids[:PREFIX], ids[PREFIX:]):
+        for piece in (ids[:prefix], ids[prefix:]):
             logits = tiny.model(torch.from_numpy(piece)[None], past_key_values=cache).logits[0]
-    simulated = run(tiny.model, ids_of(tiny, PREFIX + CHUNK), Simulation(codec, first=PREFIX), start=PREFIX)[0]
-    exact = run(tiny.model, ids_of(tiny, PREFIX + CHUNK), Simulation(), start=PREFIX)[0]
+    simulated = run(tiny.model, ids_of(tiny, prefix + CHUNK), Simulation(codec, first=prefix), start=prefix)[0]
+    exact = run(tiny.model, ids_of(tiny, prefix + CHUNK), Simulation(), start=prefix)[0]
     assert kl_divergence(logits, simulated).mean() < 0.01 * kl_divergence(exact, simulated).mean()
-    assert cache.packed_tokens_read == LAYERS * np.diff(codec.packed_range(PREFIX))[0]
+    assert cache.packed_tokens_read == LAYERS * np.diff(codec.packed_range(prefix))[0] > 0
     expected = len(ids) * LAYERS * KV_HEADS * 2 * HEAD_DIM * codec.bits_at(HEAD_DIM, len(ids)) / 8
     assert abs(cache.nbytes() - expected) < 1
 

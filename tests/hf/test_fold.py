@@ -104,6 +104,25 @@ def test_channels_nobody_uses_stay() -> None:
     assert scale[:, [5, 37]].eq(1).all()
 
 
+@torch.no_grad()
+def test_a_constant_that_no_query_sees_is_scaled_away() -> None:
+    """As the bias of a hard case: any constant there leaves every score as it is, and quantisation pays for it."""
+    model = copy.deepcopy(tiny("qwen2"))
+    model.set_attn_implementation("sdpa")
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight.unflatten(0, (-1, 64))[:, [5, 37]] = 0
+        projection.bias.view(-1, 64)[:, [5, 37]] = 0
+    attention.k_proj.bias.view(-1, 64)[:, [5, 37]] = 40
+    before = moments_of_text(model, IDS)[0]
+    assert key_excess(before, "k4v4").min() > 5
+    folded = fold(model, moments_of_text(model, IDS))
+    after = moments_of_text(folded, IDS)[0]
+    assert key_excess(after, "k4v4").max() < 1.1
+    assert after.key[:, [5, 37]].sum() < 1e-3 * after.key.sum()
+    assert (folded(IDS).logits - model(IDS).logits).abs().max() < TOLERANCE
+
+
 def test_fused_projections_are_refused() -> None:
     model = copy.deepcopy(tiny("phi3"))
     model.set_attn_implementation("sdpa")

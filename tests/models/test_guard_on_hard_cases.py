@@ -82,7 +82,7 @@ def test_only_the_biased_layers_get_more() -> None:
     assert all("-o" in formats[i] for i in (0, 5))
 
 
-@pytest.mark.parametrize("name, factor", [("key-scale", 100), ("value-mean", 4)])
+@pytest.mark.parametrize("name, factor", [("key-bias", 5), ("key-scale", 100), ("value-mean", 4)])
 def test_folding_repairs_what_the_format_cannot(name: str, factor: float) -> None:
     assert unguarded(name) > factor * unguarded("plain")
     own = model(name)

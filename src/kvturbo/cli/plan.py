@@ -114,14 +114,7 @@ def _search(passages: list[Passage], base: Plan, budget: int, tokens: int) -> tu
     count = sum(choice.format != SIXTEEN_BIT for own in choices.values() for choice in own)
     with progress(count, "measuring", "choice") as bar:
         losses = planning.measure_losses(passages, base, choices, lambda: bar.update())
-    found = {
-        name: plan
-        for name, plan in planning.uniform_plans(base, losses).items()
-        if sizes.cache_bytes(plan, tokens) <= budget
-    }
-    by_layer = planning.best_within(base, losses, budget, tokens)
-    if by_layer is not None:
-        found["by layer"] = by_layer
+    found = planning.plans_within(base, losses, budget, tokens)
     compared: list[dict[str, Any]] = []
     with progress(len(found), "comparing", "plan") as bar:
         for name, plan in found.items():

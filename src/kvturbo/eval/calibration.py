@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvturbo.config import Side
 from kvturbo.eval.simulation import Simulation, run
-from kvturbo.outliers import rope_pairs
+from kvturbo.guard.moments import LayerMoments
+from kvturbo.hf.calibration import moments_of_text
+from kvturbo.hf.fold import key_scales
 
 QUERIES = 256
 """Last queries of the text whose attention is looked at."""
@@ -20,32 +23,22 @@ class Calibration:
     """Statistics by layer.
 
     Attributes:
-        query, key: [KV heads, d] fp32, second moments after RoPE, a query's taken over the heads of its group.
-        key_mean, value_mean: [KV heads, d] fp32.
+        moments: of queries and keys after RoPE, and of values.
+        key_mean: [KV heads, d] fp32.
         effective_tokens: [KV heads] fp32, exp of the entropy of attention, geometric mean over queries and the group's heads.
     """
 
-    query: dict[int, Tensor]
-    key: dict[int, Tensor]
+    moments: dict[int, LayerMoments]
     key_mean: dict[int, Tensor]
-    value_mean: dict[int, Tensor]
     effective_tokens: dict[int, Tensor]
 
     def pair_factors(self, alpha: float = 0.5) -> dict[int, Tensor]:
-        """Factors on key channels, equal within a RoPE pair: sigma_q^(1 - alpha) / sigma_k^alpha, geometric mean 1 in a head.
+        """Layer -> [KV heads, d] factors on key channels, see `kvturbo.hf.fold.key_scales`."""
+        return {layer: key_scales(own, alpha) for layer, own in self.moments.items()}
 
-        alpha = 1/2 makes the error of the scores smallest where the vector's error is spread evenly over channels, as a
-        rotation does it (SmoothQuant, arXiv 2211.10438, uses the same exponent for another reason); 1 evens out the keys.
-
-        Returns:
-            Layer -> [KV heads, d].
-        """
-        factors = {}
-        for layer in self.key:
-            query, key = (_over_pairs(moment[layer]).sqrt().clamp(min=1e-6) for moment in (self.query, self.key))
-            factor = query ** (1 - alpha) / key**alpha
-            factors[layer] = factor / factor.log().mean(-1, keepdim=True).exp()
-        return factors
+    def means(self, side: Side) -> dict[int, Tensor]:
+        """Layer -> [KV heads, d]: the mean key or value."""
+        return self.key_mean if side == "k" else {layer: own.value_mean for layer, own in self.moments.items()}
 
     def sharp_heads(self) -> dict[int, Tensor]:
         """Layer -> [KV heads] bool: the half of all KV heads that attends to the fewest tokens."""
@@ -55,15 +48,13 @@ class Calibration:
 
 
 def calibrate(model: Any, ids: Tensor) -> Calibration:
-    """Statistics of a text [1, T] read once with a 16-bit cache."""
-    found = Calibration({}, {}, {}, {}, {})
+    """Statistics of a text [1, T], read with a 16-bit cache."""
+    found = Calibration(moments_of_text(model, ids), {}, {})
 
     def observe(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         heads, d = k.shape[1], k.shape[3]
         grouped = q.unflatten(1, (heads, -1)).float()  # [1, H, G, T, d]
-        found.query[layer] = grouped.square().mean((0, 2, 3))
-        found.key[layer] = k.float().square().mean((0, 2))
-        found.key_mean[layer], found.value_mean[layer] = k.float().mean((0, 2)), v.float().mean((0, 2))
+        found.key_mean[layer] = k.float().mean((0, 2))
         found.effective_tokens[layer] = _effective_tokens(grouped[0, :, :, -QUERIES:], k[0].float(), d**-0.5)
 
     run(model, ids, Simulation(observe=observe), start=ids.shape[1] - 1)
@@ -78,10 +69,3 @@ def _effective_tokens(q: Tensor, k: Tensor, scale: float) -> Tensor:
     weights = scores.softmax(-1)
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
     return entropy.mean((1, 2)).exp()
-
-
-def _over_pairs(moment: Tensor) -> Tensor:
-    """The mean over the two channels of every RoPE pair, [H, d] -> [H, d]."""
-    pairs = rope_pairs(moment.shape[-1]).to(moment.device)
-    mean = moment[:, pairs].mean(-1)
-    return torch.empty_like(moment).index_copy_(1, pairs.flatten(), mean.repeat_interleave(2, dim=1))

@@ -7,13 +7,15 @@ other projects (`kvturbo.eval.baselines`) are then measured by the same code, on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat, Side
+from kvturbo.guard.plan import SIXTEEN_BIT as SIXTEEN_BIT_NAME
+from kvturbo.guard.plan import LayerPlan, Plan
 from kvturbo.hf.geometry import windows_of
 from kvturbo.quantizer import dequantize, quantize
 
@@ -50,8 +52,8 @@ class Codec:
         packed = (stop - first) / tokens
         return packed * self.bits_per_element(head_dim) + (1 - packed) * 16
 
-    def packed_range(self, tokens: int) -> tuple[int, int]:
-        """Which of `tokens` tokens are packed: first and one past the last."""
+    def packed_range(self, tokens: int, layer: int = 0) -> tuple[int, int]:
+        """Which of `tokens` tokens are packed in a layer: first and one past the last."""
         first = min(self.sink, tokens)
         return first, max(first, (tokens - self.recent) // self.group * self.group)
 
@@ -150,13 +152,32 @@ def rescaled(codec: Codec, rule: OtherRule, side: Side) -> Codec:
     return replace(codec, restore=restore)
 
 
-def by_layer(codecs: Mapping[int, Codec], windows: tuple[int, int] = (0, 0)) -> Codec:
-    """Every layer as its own codec stores it; bytes are the mean over layers.
+@dataclass(frozen=True)
+class ByLayer(Codec):
+    """Every layer as its own codec stores it, its windows included; bytes are the mean over layers.
+
+    Attributes:
+        layers: by layer index, none of which is a `ByLayer`.
+    """
+
+    layers: Mapping[int, Codec] = field(default_factory=dict)
+
+    def bits_at(self, head_dim: int, tokens: int) -> float:
+        return sum(codec.bits_at(head_dim, tokens) for codec in self.layers.values()) / len(self.layers)
+
+    def packed_range(self, tokens: int, layer: int = 0) -> tuple[int, int]:
+        return self.layers[layer].packed_range(tokens)
+
+
+def by_layer(codecs: Mapping[int, Codec], windows: tuple[int, int] | None = None) -> ByLayer:
+    """A codec that differs from layer to layer.
 
     Args:
-        codecs: by layer, none of which quantises tokens in groups.
-        windows: sink and recent tokens of all layers.
+        codecs: by layer index.
+        windows: sink and recent tokens of all layers; None: each codec's own.
     """
+    if windows is not None:
+        codecs = {i: replace(codec, sink=windows[0], recent=windows[1]) for i, codec in codecs.items()}
 
     def restore(x: Tensor, side: Side, layer: int) -> Tensor:
         return codecs[layer].restore(x, side, layer)
@@ -165,7 +186,21 @@ def by_layer(codecs: Mapping[int, Codec], windows: tuple[int, int] = (0, 0)) -> 
         return sum(codec.bytes_per_token(head_dim) for codec in codecs.values()) / len(codecs)
 
     sources = dict.fromkeys(codec.source for codec in codecs.values())
-    return Codec(" and ".join(sources), restore, size, *windows)
+    return ByLayer(" and ".join(sources), restore, size, layers=codecs)
+
+
+def plan_codec(plan: Plan) -> ByLayer:
+    """What a cache made with a plan stores."""
+    channels = plan.own_channels()
+
+    def codec_of(i: int, layer: LayerPlan) -> Codec:
+        if layer.format == SIXTEEN_BIT_NAME:
+            return SIXTEEN_BIT
+        fmt = KVFormat.from_name(layer.format, layer.head_dim)
+        own = {i: channels[i]} if fmt.outliers else None
+        return packed_codec(fmt, own, sink=layer.sink, recent=layer.recent)
+
+    return by_layer({i: codec_of(i, layer) for i, layer in plan.layers.items()})
 
 
 SIXTEEN_BIT = Codec("16 bit", lambda x, side, layer: x, lambda head_dim: 4.0 * head_dim)

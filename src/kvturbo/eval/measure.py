@@ -123,11 +123,9 @@ class TextMeasure:
     def _check(self, simulation: Simulation) -> None:
         if simulation.codec is None:
             return
-        layers = self.model.config.get_text_config().num_hidden_layers
         starts = [a for a, _ in simulation.bounds(self.passages.ids.shape[1] - 1)]
-        ranges = [simulation.codec.packed_range(start) for start in starts]
-        expected = layers * len(self.passages.ids) * sum(stop - first for first, stop in ranges)
-        _check_reads(simulation, expected)
+        expected = sum(packed_tokens(simulation.codec, start, layers_of(self.model)) for start in starts)
+        check_reads(simulation, len(self.passages.ids) * expected)
 
 
 class RetrievalMeasure:
@@ -162,8 +160,7 @@ class RetrievalMeasure:
             simulation = Simulation(codec, prefix=prefix)
             logits = run(self.loaded.model, self._stack([sample.questions for sample in group]), simulation)
             if codec is not None:
-                first, stop = codec.packed_range(len(group[0].context))
-                _check_reads(simulation, len(prefix) * len(group) * (stop - first))
+                check_reads(simulation, len(group) * packed_tokens(codec, len(group[0].context), len(prefix)))
             for row, sample in zip(_predictions(logits), group, strict=True):
                 correct += score_predictions(row, sample)
         return np.array(correct)
@@ -211,7 +208,19 @@ def _predictions(logits: Tensor) -> np.ndarray:
     return best.cpu().numpy()
 
 
-def _check_reads(simulation: Simulation, expected: int) -> None:
+def layers_of(model: Any) -> int:
+    """How many layers a model has."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def packed_tokens(codec: Codec, tokens: int, layers: int) -> int:
+    """Of `tokens` tokens those that a chunk after them reads through a codec, summed over layers."""
+    ranges = [codec.packed_range(tokens, layer) for layer in range(layers)]
+    return sum(stop - first for first, stop in ranges)
+
+
+def check_reads(simulation: Simulation, expected: int) -> None:
+    """Raises PackedReadsError unless so many packed tokens were read."""
     if simulation.packed_tokens_read != expected:
         raise PackedReadsError(
             f"a simulation read {simulation.packed_tokens_read} packed tokens where its chunks ask for {expected}"

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from transformers import DynamicCache
 from kvturbo.eval.caches import CacheSpec
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel
-from kvturbo.eval.retrieval import make_sample
+from kvturbo.eval.retrieval import Sample, Setting, make_sample
 from kvturbo.eval.scoring import Run, chunks, feed
 from kvturbo.guard.merit import LIMIT, candidates
 from kvturbo.guard.plan import SIXTEEN_BIT, LayerPlan, Plan, read_plan
 from kvturbo.hf import TurboCache
-from kvturbo.hf.sizes import layer_bytes, windows_of_layer
+from kvturbo.hf.sizes import cache_bytes, layer_bytes, windows_of_layer
 
 CALIBRATION_SEED = 1_000_003
 """Retrieval prompts of a calibration are drawn with it, apart from those of every evaluation."""
@@ -93,6 +93,13 @@ class PlanSpec(CacheSpec):
         return sum(max(0, tokens - sum(windows_of_layer(layer))) for layer in packed)
 
 
+class Scored(Protocol):
+    """Text or questions on which plans are compared."""
+
+    def loss(self, plan: Plan) -> float:
+        """Mean KL divergence in nats per token to a cache that is not packed at all."""
+
+
 class Passage:
     """Token ids that are prefilled once, and those that every cache is scored on.
 
@@ -149,18 +156,23 @@ def text_passages(loaded: LoadedModel, count: int, prefix: int, scored: int, chu
         yield Passage(loaded, ids[:prefix], ids[prefix:], chunk)
 
 
-def retrieval_passages(loaded: LoadedModel, setting: Any, count: int, chunk: int) -> Iterator[Passage]:
+def retrieval_passages(loaded: LoadedModel, setting: Setting, count: int, chunk: int) -> Iterator[Passage]:
     """Retrieval prompts: the context is packed, and the questions with their answers are scored.
 
     Args:
         loaded: a model with `retrieval.json`.
-        setting: a `kvturbo.eval.retrieval.Setting`.
+        setting: which.
         count, chunk: prompts, and tokens per forward pass.
     """
+    for sample in calibration_samples(loaded, setting, count):
+        yield Passage(loaded, sample.context, sample.questions, chunk)
+
+
+def calibration_samples(loaded: LoadedModel, setting: Setting, count: int) -> Iterator[Sample]:
+    """Retrieval samples that no evaluation draws."""
     for i in range(count):
         rng = np.random.default_rng([CALIBRATION_SEED, i])
-        sample = make_sample(setting, loaded.text, loaded.retrieval_vocab, rng)
-        yield Passage(loaded, sample.context, sample.questions, chunk)
+        yield make_sample(setting, loaded.text, loaded.retrieval_vocab, rng)
 
 
 def choices_of(layer: LayerPlan, choices: Sequence[Choice] = CHOICES, limit: float = LIMIT) -> list[Choice]:
@@ -173,7 +185,7 @@ def choices_of(layer: LayerPlan, choices: Sequence[Choice] = CHOICES, limit: flo
 
 
 def measure_losses(
-    passages: Sequence[Passage],
+    passages: Sequence[Scored],
     plan: Plan,
     choices: Mapping[int, Sequence[Choice]],
     progress: Callable[[], None] = lambda: None,
@@ -199,7 +211,7 @@ def measure_losses(
     return losses
 
 
-def mean_loss(passages: Sequence[Passage], plan: Plan) -> float:
+def mean_loss(passages: Sequence[Scored], plan: Plan) -> float:
     """A plan's loss, mean over passages."""
     return sum(passage.loss(plan) for passage in passages) / len(passages)
 
@@ -242,3 +254,15 @@ def uniform_plans(plan: Plan, losses: Mapping[int, Mapping[Choice, float]]) -> d
     return {
         str(choice): Plan({i: choice.of(layer) for i, layer in plan.layers.items()}, plan.source) for choice in shared
     }
+
+
+def plans_within(plan: Plan, losses: Mapping[int, Mapping[Choice, float]], budget: int, tokens: int) -> dict[str, Plan]:
+    """What to measure as a whole, by name: the same choice for all layers, and the best sum by layer.
+
+    Args:
+        plan, losses, budget, tokens: as for `best_within`.
+    """
+    uniform = uniform_plans(plan, losses)
+    found = {name: other for name, other in uniform.items() if cache_bytes(other, tokens) <= budget}
+    by_layer = best_within(plan, losses, budget, tokens)
+    return found if by_layer is None else found | {"by layer": by_layer}

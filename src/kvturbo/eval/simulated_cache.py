@@ -34,7 +34,7 @@ class SimulatedCache(SixteenBitCache):
     ) -> tuple[Tensor, Tensor]:
         before = self.get_seq_length(layer_idx)
         raw = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        first, stop = self.codec.packed_range(before)
+        first, stop = self.codec.packed_range(before, layer_idx)
         if type(self.layers[layer_idx]) is not DynamicLayer or first == stop:
             return raw
         self.packed_tokens_read += len(key_states) * (stop - first)
@@ -50,7 +50,7 @@ class SimulatedCache(SixteenBitCache):
         return sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in self.layers if layer.get_seq_length())
 
     def _read(self, x: Tensor, side: int, layer: int, before: int) -> Tensor:
-        first, stop = self.codec.packed_range(before)
+        first, stop = self.codec.packed_range(before, layer)
         restored = self.codec.restore(x[:, :, :before].float(), SIDES[side], layer).to(x.dtype)
         return torch.cat((x[:, :, :first], restored[:, :, first:stop], x[:, :, stop:]), 2)
 

@@ -72,9 +72,10 @@ class Simulation:
         restored = self._restored(layer, k, v, bounds[-1][0])
         pieces = []
         for start, stop in bounds:
-            keys, values = (self._seen(raw, back, start, stop) for raw, back in zip((k, v), restored, strict=True))
+            packed = (0, 0) if self.codec is None else self.codec.packed_range(start, layer)
+            keys, values = (_seen(raw, back, packed, stop) for raw, back in zip((k, v), restored, strict=True))
             pieces.append(_attend_chunk(q[:, :, start - offset : stop - offset], keys, values, scale))
-            self.packed_tokens_read += 0 if self.codec is None else len(q) * _count(self.codec.packed_range(start))
+            self.packed_tokens_read += len(q) * (packed[1] - packed[0])
         return torch.cat(pieces, 2)
 
     def bounds(self, tokens: int) -> list[tuple[int, int]]:
@@ -87,7 +88,8 @@ class Simulation:
 
     def _restored(self, layer: int, k: Tensor, v: Tensor, tokens: int) -> list[Tensor | None]:
         """What the codec gives back for the tokens that any chunk reads, None for a side that is not packed."""
-        if self.codec is None or self.codec.packed_range(tokens)[1] == self.codec.packed_range(tokens)[0]:
+        first, stop = (0, 0) if self.codec is None else self.codec.packed_range(tokens, layer)
+        if self.codec is None or first == stop:
             return [None, None]
         chosen = None if self.heads is None else self.heads[layer].to(k.device)
         if chosen is not None and not bool(chosen.any()):
@@ -103,11 +105,13 @@ class Simulation:
             )
         return restored
 
-    def _seen(self, raw: Tensor, restored: Tensor | None, start: int, stop: int) -> Tensor:
-        if restored is None or self.codec is None:
-            return raw[:, :, :stop]
-        begin, end = self.codec.packed_range(start)
-        return torch.cat((raw[:, :, :begin], restored[:, :, begin:end], raw[:, :, end:stop]), 2)
+
+def _seen(raw: Tensor, restored: Tensor | None, packed: tuple[int, int], stop: int) -> Tensor:
+    """The first `stop` of the raw tokens, those of the packed range as the codec gives them back."""
+    if restored is None:
+        return raw[:, :, :stop]
+    begin, end = packed
+    return torch.cat((raw[:, :, :begin], restored[:, :, begin:end], raw[:, :, end:stop]), 2)
 
 
 _CURRENT: ContextVar[Simulation | None] = ContextVar("simulation", default=None)
@@ -180,7 +184,3 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     rows = q.reshape(batch, kv_heads, group * n, d)
     out = F.scaled_dot_product_attention(rows, k, v, seen, scale=scale)
     return out.view(batch, heads, n, d)
-
-
-def _count(bounds: tuple[int, int]) -> int:
-    return bounds[1] - bounds[0]

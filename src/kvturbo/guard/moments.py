@@ -28,7 +28,7 @@ _GAIN_PLUS_ONE = {"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma",
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Moments over tokens, by KV head and channel: [num_kv_heads, head_dim] float64 each.
+    """Moments over tokens, by KV head and channel: [num_kv_heads, head_dim] float64 each, on the CPU.
 
     Attributes:
         key: E[k^2].

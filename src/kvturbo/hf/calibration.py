@@ -52,7 +52,8 @@ def moments_of_text(model: Any, input_ids: Tensor, *, pairing: Pairing = "half")
     text = model.config.get_text_config(decoder=True)
     found = {}
     for i, shape in shapes.items():
-        tokens, (query, key, value, mean) = sums[i]
+        tokens, own = sums[i]
+        query, key, value, mean = (x.cpu() for x in own)
         rotary = rotary_dim_of(text.per_layer_config[i].to_dict(), shape.head_dim)
         grouped = query.view(shape.num_kv_heads, -1, shape.head_dim).mean(1)
         found[i] = LayerMoments(key / tokens, grouped / tokens, value / tokens, mean / tokens, pairing, rotary)

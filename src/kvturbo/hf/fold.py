@@ -3,7 +3,7 @@
 *Key scales.* Both channels of a RoPE pair turn together, so keys may be multiplied by s and queries by 1 / s, pair by pair.
 Where noise spreads evenly over the channels of a key, the error of the scores is least for s = sqrt(|q| / |k|) (equalised as in
 SmoothQuant, Xiao et al. 2022, with alpha = 1/2, but between queries and keys). The factors go into `q_proj` and `k_proj`, or
-into the gains of the norms that follow them.
+into the gains of the norms that follow them. A constant in keys that no query looks at is scaled away with it.
 
 *Value means.* The weights of attention sum to 1, so a constant taken from every value comes out of a head as it went in: it
 goes from the bias of `v_proj` through `o_proj` into that one's bias.
@@ -23,7 +23,7 @@ from kvturbo.guard.merit import LIMIT, key_excess, value_excess
 from kvturbo.guard.moments import LayerMoments
 
 _SMALLEST = 1e-12
-"""Of the largest moment in a head: a channel with less is left as it is, for nothing can be told from it."""
+"""Of the largest moment in a head: less is nothing."""
 
 
 @torch.no_grad()
@@ -59,15 +59,31 @@ def fold(model: Any, moments: Mapping[int, LayerMoments], *, limit: float = LIMI
     return folded
 
 
-def key_scales(moments: LayerMoments) -> Tensor:
-    """[num_kv_heads, head_dim] factors on the keys: sqrt(|q| / |k|) per RoPE pair, of geometric mean 1 in every head."""
+def key_scales(moments: LayerMoments, alpha: float = 0.5) -> Tensor:
+    """Factors on the keys, |q|^(1 - alpha) / |k|^alpha per RoPE pair, of geometric mean 1 in every head.
+
+    Pairs without keys stay as they are. Keys of a pair that no query looks at (a bias there, say) become next to nothing: the
+    query counts as the smallest that is told from zero, and the pair does not count in the mean.
+
+    Args:
+        moments: of the layer.
+        alpha: 1/2 makes the scores' error least; 1 evens out the keys.
+
+    Returns:
+        [num_kv_heads, head_dim] float64.
+    """
     key, query = (x.double()[:, moments.pairs].sum(-1) for x in (moments.key, moments.query))
-    known = (key > _SMALLEST * key.amax(1, keepdim=True)) & (query > _SMALLEST * query.amax(1, keepdim=True))
-    log = torch.where(known, 0.25 * (query.clamp(min=1e-300).log() - key.clamp(min=1e-300).log()), torch.nan)
-    log = (log - log.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    least_key, least_query = (_SMALLEST * x.amax(1, keepdim=True) for x in (key, query))
+    kept = key > least_key
+    log = torch.where(kept, 0.5 * ((1 - alpha) * _log(query.maximum(least_query)) - alpha * _log(key)), torch.nan)
+    mean = log.where(query > least_query, torch.nan).nanmean(1, keepdim=True)
     scale = torch.ones_like(moments.key, dtype=torch.float64)
-    scale[:, moments.pairs.flatten()] = log.exp().repeat_interleave(2, 1)
+    scale[:, moments.pairs.flatten()] = (log - mean).nan_to_num(0.0).exp().repeat_interleave(2, 1)
     return scale
+
+
+def _log(x: Tensor) -> Tensor:
+    return x.clamp(min=1e-300).log()
 
 
 def _fold_scales(attention: Any, moments: LayerMoments) -> None:

@@ -25,7 +25,7 @@ def same_top1(reference: Tensor, logits: Tensor) -> Tensor:
 
 def quantiles(values: Tensor) -> dict[str, float]:
     """Mean, 99 % and 99.9 % quantile; NaN if any value is."""
-    p99, p999 = torch.quantile(values, torch.tensor([0.99, 0.999], dtype=values.dtype)).tolist()
+    p99, p999 = torch.quantile(values, values.new_tensor([0.99, 0.999])).tolist()
     return {"kl_mean": values.mean().item(), "kl_p99": p99, "kl_p99.9": p999}
 
 
