@@ -30,6 +30,7 @@ from kvturbo.eval.report import environment, table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+QK_NORM = "qk-norm"
 HARD_CASES = ROOT / "models" / "hard_cases.py"
 
 
@@ -41,9 +42,14 @@ def main() -> int:
     )  # fmt: skip
     commit = checked_commit(arguments.commit, allow_dirty=arguments.allow_dirty)
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-    bench = Bench(loaded, sizes, hard_cases())
+    cases = hard_cases()
+    if arguments.qk_norm is not None:
+        cases[QK_NORM] = lambda _: trained(arguments.qk_norm)
+    bench = Bench(loaded, sizes, cases)
     settings = {"model": loaded.name, "weights": digest(loaded.folder), "dtype": "float32", **sizes.facts()}
     report = continued(arguments.out, settings, fresh=arguments.fresh)
+    if arguments.qk_norm is not None:
+        report["qk_norm"] = json.loads((arguments.qk_norm / "training.json").read_text())
     wanted = [job for job in jobs(bench) if not arguments.only or job.section in arguments.only]
     run_all(bench, wanted, report, commit, arguments)
     print(summary(report))
@@ -62,6 +68,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--few", type=int, default=512, help="retrieval questions of the others")
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward pass")
     parser.add_argument("--calibration", type=int, default=4096, help="tokens at the text's end kept for calibration")
+    parser.add_argument(
+        "--qk-norm", type=Path, metavar="FOLDER", help="a model of models/train_qk_norm.py, as one more case"
+    )
     parser.add_argument("--seconds", type=float, help="start no row after this time")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="sections to measure (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -85,6 +94,17 @@ def hard_cases() -> dict[str, Callable[[Any], Any]]:
     return dict(module.CASES) | {f"{name}{CONTROL}": make for name, make in module.CONTROLS.items()}
 
 
+def trained(folder: Path) -> Any:
+    """A model that was trained, in fp32.
+
+    Raises:
+        OSError, ValueError: the folder holds no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def digest(folder: Path | None) -> str | None:
     """sha256 of a model's weights."""
     weights = None if folder is None else folder / "model.safetensors"
@@ -103,7 +123,7 @@ def continued(path: Path, settings: dict[str, Any], *, fresh: bool) -> dict[str,
     if report["settings"] != settings:
         changed = [key for key in settings if report["settings"].get(key) != settings[key]]
         raise ValueError(f"{path} was measured with other settings ({', '.join(changed)}): use --fresh or --out")
-    return {"settings": settings, "rows": report["rows"]}
+    return report | {"settings": settings}
 
 
 def run_all(
@@ -120,7 +140,7 @@ def run_all(
             return
         row = job.facts() | timed(job, bench) | {"commit": commit}
         report["rows"].append(row)
-        write_json(arguments.out, facts | report)
+        write_json(arguments.out, facts | {name: value for name, value in report.items() if name not in facts})
         print(f"{time.perf_counter() - begin:6.1f}s {i + 1}/{len(left)} {line(row)}", file=sys.stderr, flush=True)
 
 

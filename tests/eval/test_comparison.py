@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,10 @@ def test_every_row_can_be_measured(
     script: ModuleType, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """All sections on a model of two layers; names are unique, so that a continued run repeats none."""
-    rows = measured(script, tiny_folder, tmp_path / "q.json", monkeypatch)
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_folder, trained)
+    (trained / "training.json").write_text('{"steps": 7}')
+    rows = measured(script, tiny_folder, tmp_path / "q.json", monkeypatch, "--qk-norm", str(trained))
     names = {(row["section"], row["name"]) for row in rows}
     assert {"text", "retrieval", "ablation", "heads", "sides", "length", "case", "case-retrieval", "seeds"} == {
         s for s, _ in names
@@ -53,6 +57,11 @@ def test_every_row_can_be_measured(
     for wanted in ("k4v4", "tq3.5", "tq2.5", "qjl4", "qjl3", "k4v4-o16", "vllm-4bit_nc", "kvarn-k4v2", "pr38280"):
         assert ("text", wanted) in names
     assert len({script.key(row) for row in rows}) == len(rows)
+    cases = {row["case"] for row in rows}
+    assert {"key-bias", "key-bias control", "key-bias, weights folded", "value-mean", "qk-norm"} <= cases
+    assert json.loads((tmp_path / "q.json").read_text())["qk_norm"] == {"steps": 7}
+    plan = next(row for row in rows if row["name"] == "plan of at most 2.9 bits")
+    assert plan["bits_at_8k"] <= 2.9
     assert all(row["packed_tokens_read"] > 0 for row in rows if "kl_mean" in row)
     assert all(row["commit"] == "0" * 12 and row["seconds"] >= 0 for row in rows)
     assert "reached" in capsys.readouterr().out.replace("to reach", "")
@@ -93,7 +102,8 @@ def report(**extra: Any) -> dict[str, Any]:
     }  # fmt: skip
     hit = {
         "section": "retrieval", "case": "plain", "setting": "hard-8k", "bits": 4.125, "bits_at_8k": 4.125, "accuracy": 0.93,
-        "low": 0.92, "high": 0.94, "questions": 2048, "difference": -0.0025, "difference_low": -0.01, "difference_high": 0.005,
+        "source": "kvturbo", "low": 0.92, "high": 0.94, "questions": 2048, "difference": -0.0025,
+        "difference_low": -0.01, "difference_high": 0.005,
     }  # fmt: skip
     rows = [
         text | {"name": "k4v4", "source": "kvturbo k4v4"},
@@ -106,8 +116,10 @@ def report(**extra: Any) -> dict[str, Any]:
         text | {"name": "k4v4", "section": "seeds", "setting": "1", "kl_mean": 0.0025},
         text | {"name": "k3v3", "section": "sides", "setting": "k 0"},
         text | {"name": "k3v3", "section": "sides", "setting": "v 0"},
-        text | {"name": "k4v4", "section": "case", "case": "key-bias", "kl_mean": None},
+        text | {"name": "k4v4", "section": "case", "case": "key-bias", "kl_mean": None, "source": "kvturbo k4v4"},
         text | {"name": "k4v4", "section": "case", "case": "key-bias control"},
+        text | {"name": "k4v4", "section": "case", "case": "key-bias, weights folded", "kl_mean": 0.0025},
+        hit | {"name": "k4v4", "section": "case-retrieval", "case": "key-bias"},
     ]
     settings = {"model": "m", "dtype": "float32", "length": 4096, "prefix": 1024, "chunk": 128}
     versions = {"torch": "2", "transformers": "5"}
@@ -123,7 +135,10 @@ def test_tables_show_the_rows() -> None:
     assert "| the same, mean of 2 rotations | <= 0.88 | 0.767 | reached |" in tables["goals"]
     assert "| `k4v4` | 2 | 0.0023 | 0.0021 | 0.0025 |" in tables["rotations"]
     assert "| without search | 2.00x | - | - | - | - |" in tables["ablation"]
-    assert "| `k4v4` | 4.12 | 0.0021 | NaN | - |" in tables["cases"] and "control" in tables["cases"]
+    assert "**key-bias**" in tables["cases"] and "same shape without" in tables["cases"]
+    assert "| `k4v4` | 4.125 | 4.12 | NaN | - | 0.04 | 98.12 % | -0.2 (2,048) |" in tables["cases"]
+    assert "| `k4v4`, weights folded | 4.125 | 4.12 | 0.0025 | 1.19x |" in tables["cases"]
+    assert "**key-bias, weights folded**" not in tables["cases"]
     assert "| `k4v4` | 93.0 % |" in tables["length"].replace(" - |", "").replace("| 93.0 % | 93.0 % |", "| 93.0 % |")
     assert "quality-layers.svg" in tables["plot-layers"]
 
@@ -136,10 +151,13 @@ def test_tables_without_rows_say_that_nothing_was_measured() -> None:
     assert comparison.goals(empty).count("not measured") == comparison.goals(empty).count("\n") - 1
 
 
+NAMES = ("bits", "cases", "length", "layers")
+
+
 def test_plots_are_drawn_from_the_rows_and_are_the_same_twice(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'kvturbo[eval]'")
     first, second = (comparison.plots(report(), tmp_path / name) for name in ("a", "b"))
-    assert [path.name for path in first] == ["quality-bits.svg", "quality-length.svg", "quality-layers.svg"]
+    assert [path.name for path in first] == [f"quality-{name}.svg" for name in NAMES]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     changed = report()
     changed["rows"][0]["kl_mean"] = 0.5

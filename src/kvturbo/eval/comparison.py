@@ -12,7 +12,8 @@ from kvturbo.eval.report import markdown_table, not_measured
 Report = dict[str, Any]
 ABLATED = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2")
 HARD, EASY = "hard-8k", "multikey-8k"
-FOLDED = ", weights folded"
+FOLDED, CONTROL = ", weights folded", " control"
+QK_NORM = "qk-norm"
 MISSING = not_measured("benchmarks/quality.py")
 
 
@@ -72,28 +73,43 @@ def rotations(report: Report) -> str:
 
 
 def cases(report: Report) -> str:
-    """Mean KL and retrieval on rewrites of the model that keep its function."""
-    rows = _rows(report, section="case")
-    found = [case for case in dict.fromkeys(row["case"] for row in rows) if case.partition(" ")[0] == case]
-    names = dict.fromkeys(row["name"] for row in rows if row["case"] in found)
-    cells = []
-    for name in names:
-        plain = find(report["rows"], section="text", case="plain", name=name)
-        per_case = [find(rows, case=case, name=name) for case in found]
-        answers = [find(report["rows"], section="case-retrieval", case=case, name=name) for case in found]
-        bits = ", ".join(dict.fromkeys(f"{row['bits']:.2f}" for row in per_case if row))
-        cells.append((f"`{name}`", bits, _number(plain), *map(_number, per_case), *map(_percent, answers)))
-    for name in ("k4v4", "k3v3"):
-        folded = [find(rows, case=f"{case}{FOLDED}", name=name) for case in found]
-        answers = [find(report["rows"], section="case-retrieval", case=f"{case}{FOLDED}", name=name) for case in found]
-        if any(folded):
-            cells.append((f"`{name}`{FOLDED}", "as above", "-", *map(_number, folded), *map(_percent, answers)))
-    header = ("format", "bits", "plain", *found, *(f"{case}, {HARD}" for case in found))
-    controls = [
-        f"`k4v4` on {row['case'].removesuffix(' control')}'s control, the same shape without what makes it hard: {_number(row)}."
-        for row in rows if row["case"].endswith(" control")
-    ]  # fmt: skip
-    return "\n\n".join([_or_missing(header, cells), *controls])
+    """Divergence and retrieval on rewrites of the model that keep its function, and on a trained variant, a table each."""
+    return "\n\n".join(_case(report, case) for case in _cases(report)) or MISSING
+
+
+def _cases(report: Report) -> list[str]:
+    """Names of the hard cases, without controls and folded ones."""
+    every = dict.fromkeys(row["case"] for row in _rows(report, section="case"))
+    return [case for case in every if not case.endswith((CONTROL, FOLDED))]
+
+
+def _case(report: Report, case: str) -> str:
+    rows = sorted(_rows(report, section="case", case=case), key=lambda row: (row["bits_at_8k"], row["name"]))
+    cells = [_case_cells(report, row) for row in rows]
+    cells += [_case_cells(report, row, FOLDED) for row in _rows(report, section="case", case=case + FOLDED)]
+    header = ("format", "bits", "bits at 8k", "mean KL", "over plain", "p99.9 KL", "same top-1", HARD)
+    exact = find(report["rows"], section="case-retrieval", case=case, name="16bit")
+    control = find(report["rows"], section="case", case=case + CONTROL, name="k4v4")
+    notes = []
+    if exact is not None:
+        notes.append(f"16 bits answer {_percent(exact)} of {HARD}.")
+    if control is not None:
+        notes.append(f"`k4v4` on a model of the same shape without what makes it hard: mean KL {_number(control)}.")
+    if case == QK_NORM and "qk_norm" in report:
+        facts = report["qk_norm"]
+        notes.append(
+            f"Trained for {facts['steps']:,} steps and {facts['tokens'] / 1e6:.0f} M tokens on {facts['device']}."
+        )
+    return "\n\n".join([f"**{case}**", markdown_table(header, cells), *notes])
+
+
+def _case_cells(report: Report, row: Row, suffix: str = "") -> tuple[str, ...]:
+    plain = find(report["rows"], section="text", case="plain", name=row["name"].partition(" ")[0])
+    answer = find(report["rows"], section="case-retrieval", case=row["case"], name=row["name"])
+    return (
+        f"`{row['name']}`{suffix}", f"{row['bits']:.3f}", f"{row['bits_at_8k']:.2f}", _number(row), _ratio(row, plain),
+        _number(row, "kl_p99.9"), f"{100 * row['same_top1']:.2f} %", _with_count(answer),
+    )  # fmt: skip
 
 
 def heads(report: Report) -> str:
@@ -135,6 +151,11 @@ def plot_bits(report: Report) -> str:
     return _image("bits", "KL divergence against bits per element") if drawn else MISSING
 
 
+def plot_cases(report: Report) -> str:
+    """Divergence and retrieval against bits, by hard case."""
+    return _image("cases", "KL divergence and retrieval against bits on hard cases") if _cases(report) else MISSING
+
+
 def plot_length(report: Report) -> str:
     """Accuracy against length."""
     return _image("length", "retrieval accuracy against length") if _rows(report, section="length") else MISSING
@@ -157,6 +178,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "sides": sides,
     "length": length,
     "plot-bits": plot_bits,
+    "plot-cases": plot_cases,
     "plot-length": plot_length,
     "plot-layers": plot_layers,
 }
@@ -170,7 +192,12 @@ def plots(report: Report, folder: Path) -> list[Path]:
     drawn = []
     text = _rows(report, section="text", case="plain")
     if text:
-        drawn.append(plot.divergence_by_bits(text, folder / "quality-bits.svg"))
+        drawn.append(plot.divergence_by_bits(text, _answers(report, "retrieval", "plain"), folder / "quality-bits.svg"))
+    if found := _cases(report):
+        shown = {
+            case: (_rows(report, section="case", case=case), _answers(report, "case-retrieval", case)) for case in found
+        }
+        drawn.append(plot.divergence_by_case(shown, folder / "quality-cases.svg"))
     lengths = _rows(report, section="length") + _rows(report, section="retrieval", case="plain")
     if _rows(report, section="length"):
         drawn.append(plot.accuracy_by_length(lengths, folder / "quality-length.svg"))
@@ -181,6 +208,11 @@ def plots(report: Report, folder: Path) -> list[Path]:
 
 def _image(name: str, text: str) -> str:
     return f"![{text}](images/quality-{name}.svg)"
+
+
+def _answers(report: Report, section: str, case: str) -> list[Row]:
+    """Rows of the harder retrieval setting but 16 bits' own."""
+    return [row for row in _rows(report, section=section, case=case, setting=HARD) if row["name"] != "16bit"]
 
 
 def _layer_rows(report: Report) -> list[Row]:
@@ -218,7 +250,9 @@ def _number(row: Row | None, name: str = "kl_mean") -> str:
 
 
 def _ratio(row: Row | None, base: Row | None) -> str:
-    return "-" if row is None or base is None else f"{row['kl_mean'] / base['kl_mean']:.2f}x"
+    if row is None or base is None or row["kl_mean"] is None:
+        return "-"
+    return f"{row['kl_mean'] / base['kl_mean']:.2f}x"
 
 
 def _percent(row: Row | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +60,57 @@ def _label(axes: Any, row: Row, y: float) -> None:
     axes.annotate(row["format"], (row["bytes_per_token"], y), xytext=(6, 6), textcoords="offset points")
 
 
-def divergence_by_bits(rows: Sequence[Row], path: Path) -> Path:
-    """Mean and 99.9 % KL divergence against bits per element with windows, kvturbo's formats and others apart, as SVG.
+def divergence_by_bits(rows: Sequence[Row], answers: Sequence[Row], path: Path) -> Path:
+    """Mean and 99.9 % KL divergence and retrieval against bits per element with windows, kvturbo's formats and others apart.
 
     Args:
         rows: `name`, `source`, `bits_at_8k`, `kl_mean`, `kl_p99.9` of every format.
-        path: the file to write.
+        answers: `name`, `source`, `bits_at_8k` and `difference` to 16 bits with its interval, of one retrieval setting.
+        path: the SVG to write.
     """
-    figure, panels = new_figure(12, 5, 2)
-    for axes, key, label in zip(panels, ("kl_mean", "kl_p99.9"), ("mean", "99.9 % quantile of"), strict=True):
-        for ours in (True, False):
-            chosen = [r for r in rows if str(r["source"]).startswith("kvturbo") == ours and r[key]]
-            marker, name = ("o", "kvturbo") if ours else ("s", "others")
-            axes.plot([r["bits_at_8k"] for r in chosen], [r[key] for r in chosen], marker, label=name)
-            for row in chosen:
-                place = (row["bits_at_8k"], row[key])
-                axes.annotate(row["name"], place, xytext=(4, 4), textcoords="offset points", fontsize=6)
-        axes.set(xlabel="bits per element at 8k, windows counted", ylabel=f"{label} KL [nats/token]", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
+    figure, panels = new_figure(18, 5, 3)
+    for axes, key, label in zip(panels, ("kl_mean", "kl_p99.9"), ("mean", "99.9 % quantile of"), strict=False):
+        _by_bits(axes, [row for row in rows if row[key]], key)
+        axes.set(ylabel=f"{label} KL [nats/token]", yscale="log")
+    _lost(panels[2], answers)
     return save_svg(figure, path)
+
+
+def divergence_by_case(cases: Mapping[str, tuple[Sequence[Row], Sequence[Row]]], path: Path) -> Path:
+    """Mean KL divergence (above) and retrieval (below) against bits per element, a column per hard case.
+
+    Args:
+        cases: name -> rows and answers as for `divergence_by_bits`.
+        path: the SVG to write.
+    """
+    figure, panels = new_figure(5 * len(cases), 9, len(cases), 2)
+    for i, (case, (rows, answers)) in enumerate(cases.items()):
+        _by_bits(panels[i], [row for row in rows if row["kl_mean"]], "kl_mean")
+        panels[i].set(ylabel="mean KL [nats/token]", yscale="log", title=case)
+        _lost(panels[len(cases) + i], answers)
+    return save_svg(figure, path)
+
+
+def _by_bits(axes: Any, rows: Sequence[Row], key: str, factor: float = 1.0) -> None:
+    for ours in (True, False):
+        chosen = [row for row in rows if str(row["source"]).startswith("kvturbo") == ours]
+        marker, name = ("o", "kvturbo") if ours else ("s", "others")
+        axes.plot([r["bits_at_8k"] for r in chosen], [factor * r[key] for r in chosen], marker, label=name)
+        for row in chosen:
+            place = (row["bits_at_8k"], factor * row[key])
+            axes.annotate(row["name"], place, xytext=(4, 4), textcoords="offset points", fontsize=6)
+    axes.set_xlabel("bits per element at 8k, windows counted")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _lost(axes: Any, answers: Sequence[Row]) -> None:
+    for row in answers:
+        ends = [100 * row[name] for name in ("difference_low", "difference_high")]
+        axes.plot([row["bits_at_8k"]] * 2, ends, color="0.7", linewidth=0.8, zorder=0)
+    _by_bits(axes, answers, "difference", 100.0)
+    setting = f"{answers[0]['setting']}, " if answers else ""
+    axes.set(ylabel=f"{setting}difference to 16 bits [points]", yscale="symlog")
 
 
 def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
@@ -131,14 +162,14 @@ def divergence_by_layer(rows: Sequence[Row], path: Path) -> Path:
     return save_svg(figure, path)
 
 
-def new_figure(width: float, height: float, panels: int) -> tuple[Any, list[Any]]:
-    """A figure of that many inches with panels side by side, drawn without a display."""
+def new_figure(width: float, height: float, panels: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of that many inches with panels side by side in each row, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, panels, squeeze=False).flatten())
 
 
 def save_svg(figure: Any, path: Path) -> Path:
