@@ -186,7 +186,7 @@ def run(kernel: SimpleNamespace, schedule_kernel: EmulatedKernel, monkeypatch: p
     runner = Runner(kernel.case, kernel.decode, CTAS)
     monkeypatch.setattr(cuda, "_kernels", lambda *_: (runner.kernel, schedule_kernel, runner.ctas))
     monkeypatch.setattr(cuda, "limits_of", lambda _: LIMITS if kernel.case.few else variants.Limits())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda, "current_stream", lambda _: 0)
     return runner
 
 

@@ -86,6 +86,6 @@ def sign_words(head_dim: int, seed: int) -> ctypes.Array[ctypes.c_uint32]:
     return words
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's first element, or None."""
-    return None if x is None else x.data_ptr()
+def pointer(x: Tensor | None) -> int:
+    """The address of a tensor's first element, or 0."""
+    return 0 if x is None else x.data_ptr()

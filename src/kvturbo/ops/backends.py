@@ -79,6 +79,6 @@ def choose(requested: str, operation: str, device: torch.device, fmt: KVFormat) 
 
 
 @lru_cache(maxsize=16)
-def load(operation: str, backend: str) -> Callable[..., Any]:
-    """The function that implements an operation in a backend."""
-    return getattr(importlib.import_module(f"kvturbo.ops.{operation}.{backend}"), operation)
+def load(operation: str, backend: str, name: str | None = None) -> Callable[..., Any]:
+    """The function that implements an operation in a backend, or another one of that name beside it."""
+    return getattr(importlib.import_module(f"kvturbo.ops.{operation}.{backend}"), name or operation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends, checks
+from kvturbo.ops.calls import CheckedCalls, traits
+
+Run = Callable[..., Tensor]
+"""Takes q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule; returns lse."""
+_CHECKED: CheckedCalls[Run] = CheckedCalls()
 
 
 def decode(
@@ -58,6 +64,18 @@ def decode(
         ValueError, TypeError: an argument has the wrong shape, dtype or device; a page id, a length or a q_len is out of
             range (seen on the CPU only: no synchronisation on a GPU); or the backend is not available.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        kind = (
+            q.shape, q.stride(), q.dtype, q.device, pages.shape, pages.stride(), pages.dtype, pages.device,
+            block_table.shape, block_table.stride(), block_table.dtype, block_table.device,
+            seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.device, traits(q_lens), traits(seq_starts),
+            traits(sinks), traits(outlier_channels), traits(out), fmt, scale, window, soft_cap, backend,
+        )  # fmt: skip
+        run = _CHECKED.get(kind)
+        if run is not None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+            return out, run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule)
     page_size = checks.check_pages(pages, fmt)
     checks.check_vectors("q", q, fmt, pages)
     checks.check_heads(q, pages)
@@ -66,11 +84,10 @@ def decode(
     checks.check_starts(seq_starts, seq_lens.shape[0], pages)
     checks.check_scores(scale, window, soft_cap, sinks, q)
     _check_queries(q, seq_lens, q_lens, pages)
-    if out is None:
-        out = torch.empty_like(q)
-    elif out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device:
+    if out is not None and (out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device):
         raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
-    if torch.compiler.is_compiling():
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if compiling:
         if schedule is not None:
             raise ValueError("schedule can't be passed inside torch.compile; leave it out")
         lse = torch.ops.kvturbo.decode(
@@ -78,12 +95,37 @@ def decode(
             q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, backend,
         )  # fmt: skip
         return out, lse
-    run = backends.load("decode", backends.choose(backend, "decode", pages.device, fmt))
-    lse = run(
-        q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
-        soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels, schedule=schedule,
-    )  # fmt: skip
-    return out, lse
+    tensors = q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels
+    name = backends.choose(backend, "decode", pages.device, fmt)
+    run = _prepared(name, tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
+    _CHECKED.remember(kind, run, pages.device, scale, window, soft_cap)
+    return out, run(*tensors, schedule)
+
+
+def _prepared(backend: str, tensors: tuple[Tensor | None, ...], **options: Any) -> Run:
+    """A backend's decode with its options filled in; the cuda backend works out more of a call beforehand."""
+    if backend == "cuda":
+        return backends.load("decode", "cuda", "prepare")(*tensors, **options)
+    decode = backends.load("decode", backend)
+
+    def run(
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        q_lens: Tensor | None,
+        seq_starts: Tensor | None,
+        sinks: Tensor | None,
+        outlier_channels: Tensor | None,
+        schedule: Any,
+    ) -> Tensor:
+        return decode(
+            q, pages, block_table, seq_lens, out, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks,
+            outlier_channels=outlier_channels, schedule=schedule, **options,
+        )  # fmt: skip
+
+    return run
 
 
 def _check_queries(q: Tensor, seq_lens: Tensor, q_lens: Tensor | None, pages: Tensor) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
-from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled
+from kvturbo.cuda.jit import Parameters, current_stream
 from kvturbo.cuda.source import TYPES, pointer, sign_words
 from kvturbo.layout import PageLayout
-from kvturbo.ops.decode.variants import FEW_TASKS, FOLDER, Variant, limits_of, variant_for
+from kvturbo.ops.decode.loading import kernels as _kernels
+from kvturbo.ops.decode.loading import warmup
+from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
+
+__all__ = ["Schedule", "decode", "make_schedule", "prepare", "warmup"]
 
 _LOG2E = 1.4426950408889634
 _CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
@@ -36,6 +44,10 @@ class _Params(Parameters):
     )
 
 
+_ADDRESSES = struct.Struct("13P")
+"""The first fields of `_Params`; the others are the same in all calls of a kind."""
+
+
 class _ScheduleParams(Parameters):
     """`Params` of schedule.cu."""
 
@@ -48,72 +60,7 @@ class _ScheduleParams(Parameters):
     )
 
 
-@lru_cache(maxsize=8)
-def _plan_kernel(device: torch.device) -> Kernel:
-    """schedule.cu, the same for every variant."""
-    return Kernel(compiled((FOLDER / "schedule.cu").read_text(), arch_of(device), {}), "schedule", device)
-
-
-def _code(variant: Variant, device: torch.device) -> bytes:
-    return compiled(variant.source(), arch_of(device), variant.macros())
-
-
-def warmup(
-    fmt: KVFormat,
-    *,
-    num_q_heads: int,
-    num_kv_heads: int,
-    page_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_q_len: int | None = None,
-    **options: object,
-) -> None:
-    """Compiles (in parallel) and loads every kernel for queries and outputs of a dtype, whatever the batch and the options.
-
-    Args:
-        max_q_len: the largest q_len; None as 1.
-        options: of decode; they are arguments of the kernel here.
-
-    Raises:
-        KeyError: dtype is not bf16, fp16 or fp32.
-    """
-    limits, group = limits_of(device), num_q_heads // num_kv_heads
-    variants = {
-        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limits)
-        for q_len in range(1, (max_q_len or 1) + 1)
-        for tasks in (1, FEW_TASKS + 1)
-    }
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda variant: _code(variant, device), variants))
-    for variant in variants:
-        _kernels(variant, device)
-
-
-_LOADED: dict[tuple[Variant, torch.device], tuple[Kernel, Kernel, int]] = {}
-
-
-def _kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, int]:
-    """The decode kernel, the schedule kernel and the number of CTAs.
-
-    Raises:
-        RuntimeError: they are not loaded yet and a CUDA graph is being captured.
-    """
-    key = variant, device
-    if key not in _LOADED:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a decode kernel must be loaded before a graph is captured: call decode once with such tensors"
-            )
-        code = _code(variant, device)
-        decode = Kernel(code, "decode", device, variant.shared_bytes)
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        _LOADED[key] = (
-            decode,
-            _plan_kernel(device),
-            sms * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32)),
-        )
-    return _LOADED[key]
+_SCHEDULE_FIELDS = struct.Struct("4P8i")
 
 
 Memory = tuple[Tensor, Tensor]
@@ -157,6 +104,10 @@ class Schedule:
         ints = 8 + 8 * _CHUNKS_PER_CTA * self.ctas + 2 * (batch + 1)
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self.workspace, self.counters = memory or memory_for(variant, device)
+        self._addresses = self.plan.data_ptr(), self.workspace.data_ptr(), self.counters.data_ptr()
+        self._sizes = variant.group, variant.rows, variant.step, self.ctas, variant.warps
+        self._threads = variant.warps * 32
+        self._spare: list[_ScheduleParams] = []
 
     def update(
         self,
@@ -171,23 +122,21 @@ class Schedule:
             ValueError: a tensor is not contiguous.
         """
         _check_contiguous(seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts)
+        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
+        self._update(lens, window, current_stream(self.device.index))
+
+    def _update(self, lens: tuple[int, int, int], window: int | None, stream: int) -> None:
+        """Takes the addresses of seq_lens, q_lens and seq_starts."""
         self.window, self._planned = window, True
-        parameters = _ScheduleParams(
-            seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts), self.plan.data_ptr(), self.batch, window or 0,
-            self.kv_heads, self.variant.group, self.variant.rows, self.variant.step, self.ctas, self.variant.warps,
-        )  # fmt: skip
-        self._plan.launch(1, 1024, parameters, torch.cuda.current_stream(self.device).cuda_stream)
-
-    def launch(self, parameters: _Params) -> None:
-        """Launches the decode kernel on the current stream.
-
-        Raises:
-            RuntimeError: there is no plan yet.
-        """
-        if not self._planned:
-            raise RuntimeError("the schedule has no plan: call its update before the step's decodes")
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._decode.launch(self.ctas, self.variant.warps * 32, parameters, stream)
+        try:
+            parameters = self._spare.pop()  # one that no other thread is filling
+        except IndexError:
+            parameters = _ScheduleParams()
+        _SCHEDULE_FIELDS.pack_into(
+            parameters, 0, *lens, self._addresses[0], self.batch, window or 0, self.kv_heads, *self._sizes
+        )
+        self._plan.launch(1, 1024, parameters, stream)
+        self._spare.append(parameters)
 
 
 @lru_cache(maxsize=16)
@@ -195,9 +144,26 @@ def _stream_memory(variant: Variant, device: torch.device, stream: int) -> Memor
     return memory_for(variant, device)
 
 
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """What schedules are made for. Its hash is its identity: it is a key in every call."""
+
+    variant: Variant
+    batch: int
+    kv_heads: int
+    device: torch.device
+
+
+@lru_cache(maxsize=256)
+def _shape(variant: Variant, batch: int, kv_heads: int, device: torch.device) -> _Shape:
+    return _Shape(variant, batch, kv_heads, device)
+
+
 @lru_cache(maxsize=64)
-def _own_schedule(variant: Variant, batch: int, kv_heads: int, device: torch.device, stream: int) -> Schedule:
-    return Schedule(variant, batch, kv_heads, device, _stream_memory(variant, device, stream))
+def _own_schedule(shape: _Shape, stream: int) -> tuple[Schedule, Lock]:
+    """A stream's schedule, and a lock for those who launch a plan and then its decode."""
+    memory = _stream_memory(shape.variant, shape.device, stream)
+    return Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device, memory), Lock()
 
 
 def make_schedule(
@@ -224,11 +190,153 @@ def _variant(q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtyp
     )  # fmt: skip
 
 
-def _schedule(variant: Variant, batch: int, kv_heads: int, device: torch.device) -> Schedule:
-    """This stream's schedule; a captured graph gets one of its own, in its own memory."""
-    if torch.cuda.is_current_stream_capturing():
-        return Schedule(variant, batch, kv_heads, device)
-    return _own_schedule(variant, batch, kv_heads, device, torch.cuda.current_stream(device).cuda_stream)
+class _Call:
+    """What calls of one kind share: their kernel, and all of its parameters but the addresses."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        *,
+        fmt: KVFormat,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        variant = _variant(q, pages, seq_lens, fmt, out.dtype)
+        self.shape = _shape(variant, len(seq_lens), pages.shape[1], q.device)
+        self.window = window
+        self._lse = torch.empty((), dtype=torch.float32, device=q.device).expand(
+            q.shape[:2]
+        )  # for empty_like, the fastest
+        self._spare: list[_Params] = []
+        self._sizes = (
+            pages.stride(0), block_table.stride(0), len(seq_lens), q.shape[0], pages.shape[1], window or 0,
+            scale * _LOG2E, (soft_cap or 0.0) * _LOG2E, sign_words(fmt.head_dim, fmt.seed),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        q_lens: Tensor | None,
+        seq_starts: Tensor | None,
+        sinks: Tensor | None,
+        outlier_channels: Tensor | None,
+        schedule: Any,
+    ) -> Tensor:
+        """Launches the kernel, and without a schedule that of the plan before it; returns lse."""
+        shape = self.shape
+        at_pages = pages.data_ptr()
+        if at_pages % 16:
+            raise ValueError(f"pages must begin at a multiple of 16 bytes, got address {at_pages:#x}")
+        lse = torch.empty_like(self._lse, memory_format=torch.contiguous_format)
+        stream = current_stream(shape.device.index)
+        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
+        before = q.data_ptr(), at_pages, block_table.data_ptr(), *lens, pointer(sinks), pointer(outlier_channels)
+        after = out.data_ptr(), lse.data_ptr()
+        if schedule is not None:
+            self._check(schedule)
+            self._launch(before, schedule, after, stream)
+            return lse
+        if torch.cuda.is_current_stream_capturing():  # a captured graph gets a schedule of its own, in its own memory
+            schedule, lock = Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device), Lock()
+        else:
+            schedule, lock = _own_schedule(shape, stream)
+        with lock:
+            schedule._update(lens, self.window, stream)
+            self._launch(before, schedule, after, stream)
+        return lse
+
+    def _launch(self, before: tuple[int, ...], schedule: Schedule, after: tuple[int, int], stream: int) -> None:
+        try:
+            parameters = self._spare.pop()  # one that no other thread is filling
+        except IndexError:
+            parameters = _Params(*[None] * 13, *self._sizes)
+        _ADDRESSES.pack_into(parameters, 0, *before, *schedule._addresses, *after)
+        schedule._decode.launch(schedule.ctas, schedule._threads, parameters, stream)
+        self._spare.append(parameters)
+
+    def _check(self, schedule: Any) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"the cuda backend needs a schedule of make_schedule, got {type(schedule).__name__}")
+        shape = self.shape
+        if (
+            (schedule.variant is not shape.variant and schedule.variant != shape.variant)
+            or schedule.batch != shape.batch
+            or schedule.kv_heads != shape.kv_heads
+            or schedule.window != self.window
+        ):
+            raise ValueError(
+                f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
+            )
+        if not schedule._planned:
+            raise RuntimeError("the schedule has no plan: call its update before the step's decodes")
+
+
+def prepare(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    q_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    sinks: Tensor | None,
+    outlier_channels: Tensor | None,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Callable[..., Tensor]:
+    """Checks what the kernel needs of a call's tensors, and loads the kernel.
+
+    Args:
+        q, pages, ...: of a call, as in `kvturbo.ops.decode`.
+
+    Returns:
+        What runs calls with such tensors: takes the same ones, then a schedule or None; writes into out and returns lse.
+
+    Raises:
+        TypeError, ValueError: the kernel can't do it.
+    """
+    if not len(q) or not len(seq_lens):
+        return _nothing
+    call = _Call(q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
+    _check_contiguous(
+        out=out, seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels
+    )
+    if block_table.stride(1) != 1:
+        raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
+    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16:
+        raise ValueError(
+            f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
+        )
+    return call if q.is_contiguous() else lambda q, *rest: call(q.contiguous(), *rest)
+
+
+def _nothing(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    q_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    sinks: Tensor | None,
+    *_: Any,
+) -> Tensor:
+    """A call without queries or without sequences."""
+    out.zero_()
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    return lse if sinks is None else lse.copy_(sinks.expand_as(lse))
 
 
 def decode(
@@ -249,37 +357,5 @@ def decode(
     schedule: Schedule | None = None,
 ) -> Tensor:
     """See `kvturbo.ops.decode`; writes into out and returns lse."""
-    tokens, heads, _ = q.shape
-    batch, kv_heads = len(seq_lens), pages.shape[1]
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    if not tokens or not batch:
-        out.zero_()
-        return lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.expand_as(lse))
-    variant = _variant(q, pages, seq_lens, fmt, out.dtype)
-    _check_contiguous(out=out, seq_lens=seq_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels)
-    if block_table.stride(1) != 1:
-        raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
-    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16 or pages.data_ptr() % 16:
-        raise ValueError(
-            f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
-        )
-    if schedule is None:
-        schedule = _schedule(variant, batch, kv_heads, q.device)
-        schedule.update(seq_lens, q_lens, seq_starts, window)
-    elif not isinstance(schedule, Schedule):
-        raise TypeError(f"the cuda backend needs a schedule of make_schedule, got {type(schedule).__name__}")
-    elif (schedule.variant, schedule.batch, schedule.kv_heads, schedule.window) != (variant, batch, kv_heads, window):
-        raise ValueError(
-            f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
-        )
-    q = q.contiguous()
-    schedule.launch(
-        _Params(
-            q.data_ptr(), pages.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), pointer(q_lens),
-            pointer(seq_starts), pointer(sinks), pointer(outlier_channels), schedule.plan.data_ptr(),
-            schedule.workspace.data_ptr(), schedule.counters.data_ptr(), out.data_ptr(), lse.data_ptr(), pages.stride(0),
-            block_table.stride(0), batch, tokens, kv_heads, window or 0, scale * _LOG2E, (soft_cap or 0.0) * _LOG2E,
-            sign_words(fmt.head_dim, fmt.seed),
-        )
-    )  # fmt: skip
-    return lse
+    tensors = q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels
+    return prepare(*tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)(*tensors, schedule)
