@@ -49,7 +49,7 @@ def main() -> int:
     settings = {"model": loaded.name, "weights": digest(loaded.folder), "dtype": "float32", **sizes.facts()}
     report = continued(arguments.out, settings, fresh=arguments.fresh)
     if arguments.qk_norm is not None:
-        report["qk_norm"] = json.loads((arguments.qk_norm / "training.json").read_text())
+        report = with_trained(report, arguments.qk_norm)
     wanted = [job for job in jobs(bench) if not arguments.only or job.section in arguments.only]
     run_all(bench, wanted, report, commit, arguments)
     print(summary(report))
@@ -103,6 +103,14 @@ def trained(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def with_trained(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The report with the facts of a trained case; rows of other weights under that name are left out."""
+    facts = json.loads((folder / "training.json").read_text()) | {"weights": digest(folder)}
+    same = report.get("qk_norm", {}).get("weights") == facts["weights"]
+    rows = [row for row in report["rows"] if same or not row["case"].startswith(QK_NORM)]
+    return report | {"qk_norm": facts, "rows": rows}
 
 
 def digest(folder: Path | None) -> str | None:

@@ -59,7 +59,11 @@ def test_every_row_can_be_measured(
     assert len({script.key(row) for row in rows}) == len(rows)
     cases = {row["case"] for row in rows}
     assert {"key-bias", "key-bias control", "key-bias, weights folded", "value-mean", "qk-norm"} <= cases
-    assert json.loads((tmp_path / "q.json").read_text())["qk_norm"] == {"steps": 7}
+    written = json.loads((tmp_path / "q.json").read_text())
+    assert written["qk_norm"] == {"steps": 7, "weights": written["settings"]["weights"]}
+    (trained / "model.safetensors").write_bytes(b"other weights")
+    kept = script.with_trained(written, trained)["rows"]
+    assert kept == [row for row in rows if not row["case"].startswith("qk-norm")]
     plan = next(row for row in rows if row["name"] == "plan of at most 2.9 bits")
     assert plan["bits_at_8k"] <= 2.9
     assert all(row["packed_tokens_read"] > 0 for row in rows if "kl_mean" in row)
