@@ -17,7 +17,7 @@ SCHEMA_AND_FAKE = ("test_schema", "test_faketensor")
 ALL = (*SCHEMA_AND_FAKE, "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 COMPILED = [
-    (backend, compiler)
+    pytest.param(backend, compiler, marks=[pytest.mark.gpu] if device_of(backend).type == "cuda" else [])
     for backend in [*BACKENDS_UNDER_TEST, "auto"]
     for compiler in (["eager"] if interpreted(backend) and backend != "auto" else ["eager", "aot_eager"])
 ]
