@@ -19,9 +19,16 @@ CONSTRAINTS := constraints/$(FLAVOR).txt
 EXTRAS := hf,eval$(if $(filter cuda,$(FLAVOR)),$(comma)triton$(comma)cuda)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Of the CUDA toolkit. Without torch's memory cache every tensor is an allocation of its own, so its end is the end.
+# Processes of gpu-test and sanitize, which share the GPU: most of their time goes into compiling kernels.
+JOBS ?= $(shell n=$$(nproc); [ $$n -lt 16 ] || n=16; echo $$n)
+
+# Of the CUDA toolkit. Without torch's memory cache every tensor is an allocation of its own, so its end is the end. Errors of the
+# API are Python's exceptions; the bindings ask the driver for functions of newer versions, which memcheck would report.
 SANITIZER ?= compute-sanitizer
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 9 --target-processes application-only
+SANITIZE := env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 9 --target-processes application-only
+IN_PARTS := seq $(JOBS) | xargs -P $(JOBS) -I{}
+MEMCHECK := --tool memcheck --report-api-errors no
+PART := $(BIN)/python tests/ops/sanitize.py --part {}/$(JOBS)
 
 # Threads that spin while they wait starve one another where cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -34,6 +41,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo "  PYTHON=$(PYTHON)  FLAVOR=$(FLAVOR) (cpu or cuda)  TORCH_INDEX=$(TORCH_INDEX)  OUT=$(OUT) (of make demo)"
+	@echo "  JOBS=$(JOBS) (processes of gpu-test and sanitize)"
 	@echo "  TORCH_INDEX: a package index with CPU builds of torch, such as $(PYTORCH_CPU_INDEX)"
 
 demo: $(VENV)/.demo-$(FLAVOR) ## generate from a packed cache and measure it against the 16-bit one
@@ -46,7 +54,7 @@ test: lint ## lint, then every test that needs no GPU, a wheel's smoke test incl
 
 gpu-test: $(VENV)/.dev-$(FLAVOR) ## the tests that need a GPU
 	@echo "==> pytest on the GPU"
-	@$(BIN)/pytest -m gpu
+	@$(BIN)/pytest -m gpu -n $(JOBS) --dist worksteal
 
 test-vllm: $(VLLM_VENV)/.ready ## the plugin's contract with vLLM's own Python, without a GPU
 	@echo "==> pytest with vLLM $(VLLM)"
@@ -54,12 +62,15 @@ test-vllm: $(VLLM_VENV)/.ready ## the plugin's contract with vLLM's own Python, 
 
 sanitize: $(VENV)/.dev-$(FLAVOR) ## every kernel under compute-sanitizer; needs a GPU and the CUDA toolkit
 	@command -v $(SANITIZER) >/dev/null || { echo "$(SANITIZER) is not installed; set SANITIZER=path"; exit 1; }
+	@echo "==> without the sanitizer, which compiles the kernels: $(JOBS) processes"
+	@$(IN_PARTS) $(PART) cuda
+	@$(IN_PARTS) $(PART) triton
 	@echo "==> memcheck, cuda backend"
-	@$(SANITIZE) --tool memcheck $(BIN)/python tests/ops/sanitize.py cuda
+	@$(IN_PARTS) $(SANITIZE) $(MEMCHECK) $(PART) cuda
 	@echo "==> memcheck, triton backend"
-	@$(SANITIZE) --tool memcheck $(BIN)/python tests/ops/sanitize.py triton
+	@$(IN_PARTS) $(SANITIZE) $(MEMCHECK) $(PART) triton
 	@echo "==> racecheck, cuda backend"
-	@$(SANITIZE) --tool racecheck $(BIN)/python tests/ops/sanitize.py cuda
+	@$(IN_PARTS) $(SANITIZE) --tool racecheck $(PART) cuda
 
 lint: $(VENV)/.dev-$(FLAVOR) ## ruff, mypy and the import contracts
 	@echo "==> ruff check"

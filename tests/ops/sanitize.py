@@ -1,8 +1,9 @@
 """Runs every path of every kernel once, on small shapes: what `make sanitize` gives to compute-sanitizer.
 
     python tests/ops/sanitize.py cuda
-    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/ops/sanitize.py triton --quick
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/ops/sanitize.py triton --part 1/8
 
+A run without the sanitizer before compiles the kernels: under it they are then only loaded. Parts share the work among processes.
 Inputs are made and results are compared on the CPU, so that hardly any kernel but ours runs. A page of 0xFF (NaN scales) lies
 before every block, and the last block ends where its memory ends: with PYTORCH_NO_CUDA_MEMORY_CACHING=1 memcheck sees what
 goes beyond.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,10 @@ class Checks:
     Attributes:
         backend: "cuda" or "triton".
         quick: only some of them.
-        row_tiles, tickets: what ran of the cuda backend's decode: its kernels' row tiles, and chunks that CTAs drew.
     """
 
     backend: str
     quick: bool
-    row_tiles: set[int] = field(default_factory=set)
-    tickets: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -99,8 +98,7 @@ class Checks:
         yield "decode with a schedule of its own", lambda: self.decode(CASES[0], LENGTHS, {}, planned=False)
         if self.backend == "cuda":
             long = [*LONG, *[1] * (FEW_TASKS // HEADS)]
-            yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2)
-            yield "every kind of decode kernel ran", self.covered
+            yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2, draws=True)
 
     def store(self, fmt: KVFormat, page_size: int, dtype: torch.dtype, single: bool) -> str:
         def run(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, **options: Any) -> None:
@@ -128,15 +126,29 @@ class Checks:
         return f"{len(ranges)} ranges"
 
     def decode(
-        self, case: Case, lengths: list[int], options: dict[str, Any], *, planned: bool = True, ctas: int = CTAS
+        self,
+        case: Case,
+        lengths: list[int],
+        options: dict[str, Any],
+        *,
+        planned: bool = True,
+        ctas: int = CTAS,
+        draws: bool = False,
     ) -> str:
+        """Decode against the reference.
+
+        Args:
+            case, lengths, options: the kernel, the sequences, and options of the call.
+            planned: with a schedule for `ctas` CTAs, or with the call's own.
+            draws: whether CTAs have to draw chunks by ticket.
+        """
         batch = batch_of(case.fmt, lengths, heads=HEADS, page_size=case.page_size)
         options = options_for(case, lengths, options)
         generator = torch.Generator().manual_seed(3)
         shape = len(lengths) * case.queries, HEADS * case.group, case.head_dim
         q = (2 * torch.randn(shape, generator=generator)).to(case.dtype)
         room = room_of(batch.pages, self.device)
-        got = self._decode(q, batch, room[:, 1:], case.out, options, planned, ctas)
+        got = self._decode(q, batch, room[:, 1:], case, options, ctas if planned else 0, draws)
         pages_in(room)
         out, lse = (x.cpu() for x in got)
         wanted, wanted_lse = reference(q, batch, **options)
@@ -148,59 +160,44 @@ class Checks:
         return f"error {error:.1e}"
 
     def _decode(
-        self,
-        q: Tensor,
-        batch: Batch,
-        pages: Tensor,
-        dtype: torch.dtype,
-        options: dict[str, Any],
-        planned: bool,
-        ctas: int,
+        self, q: Tensor, batch: Batch, pages: Tensor, case: Case, options: dict[str, Any], ctas: int, draws: bool
     ) -> tuple[Tensor, Tensor]:
         device = self.device
-        out = torch.full(q.shape, math.nan, dtype=dtype).to(device)
+        out = torch.full(q.shape, math.nan, dtype=case.out).to(device)
         on_device = dict(options)
         for name in ("q_lens", "seq_starts"):
             on_device[name] = ints(options.get(name), device)
         if "sinks" in options:
             on_device["sinks"] = options["sinks"].to(device)
         q, seq_lens = q.to(device), batch.seq_lens.to(device)
-        if planned:
-            on_device["schedule"] = self._schedule(q, pages, seq_lens, batch.fmt, dtype, on_device, ctas)
+        if ctas:
+            lens = {
+                "q_lens": on_device["q_lens"],
+                "seq_starts": on_device["seq_starts"],
+                "window": options.get("window"),
+            }
+            if self.backend == "triton":
+                on_device["schedule"] = schedule.plan(seq_lens, **lens)
+            else:
+                plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out)
+                on_device["schedule"] = for_few_ctas(plan, case, seq_lens, lens, ctas, draws)
         return decode(
             q, pages, batch.block_table.to(device), seq_lens, scale=SCALE, out=out, backend=self.backend,
             **on_device, **batch.format_options(device),
         )  # fmt: skip
 
-    def _schedule(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        seq_lens: Tensor,
-        fmt: KVFormat,
-        dtype: torch.dtype,
-        options: dict[str, Any],
-        ctas: int,
-    ) -> Any:
-        lens = {"q_lens": options["q_lens"], "seq_starts": options["seq_starts"], "window": options.get("window")}
-        if self.backend == "triton":
-            return schedule.plan(seq_lens, **lens)
-        plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=fmt, out_dtype=dtype)
-        plan.ctas = min(
-            plan.ctas, ctas
-        )  # few: an instrumented launch is slow, and tasks are cut into pieces all the same
-        plan.workspace.fill_(math.nan)
-        plan.update(seq_lens, **lens)
-        self.row_tiles.add(plan.variant.row_tiles)
-        big, small, total = plan.plan[:3].tolist()
-        self.tickets += max(0, -(-(total - plan.ctas * big) // max(1, small)))
-        return plan
 
-    def covered(self) -> str:
-        wanted = {1, 2, 3} if self.quick else {1, 2, 3, 4}
-        assert self.row_tiles >= wanted, f"row tiles {self.row_tiles} of {wanted}"
-        assert self.tickets, "no chunk was drawn by ticket"
-        return f"row tiles {sorted(self.row_tiles)}, {self.tickets} chunks drawn"
+def for_few_ctas(
+    plan: cuda_decode.Schedule, case: Case, seq_lens: Tensor, lens: dict[str, Any], ctas: int, draws: bool
+) -> cuda_decode.Schedule:
+    """A schedule with its plan for few CTAs: an instrumented launch is slow, and tasks are cut into pieces all the same."""
+    assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
+    plan.ctas = min(plan.ctas, ctas)
+    plan.workspace.fill_(math.nan)
+    plan.update(seq_lens, **lens)
+    big, _, total = plan.plan[:3].tolist()
+    assert (total > plan.ctas * big) or not draws, "no chunk is drawn by ticket"
+    return plan
 
 
 def lengths_of(case: Case) -> list[int]:
@@ -218,6 +215,15 @@ def options_for(case: Case, lengths: list[int], options: dict[str, Any]) -> dict
     if options.get("sinks"):
         options["sinks"] = torch.linspace(-2, 3, HEADS * case.group)
     return options
+
+
+def part_of(checks: Iterable[tuple[str, Check]], part: str) -> list[tuple[str, Check]]:
+    """The I-th of N parts of the checks, given as "I/N" with I from 1 to N; ValueError for anything else."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
+    index, count = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"part must be I/N with I from 1 to N, got {part!r}")
+    return list(checks)[index - 1 :: count]
 
 
 def run(checks: Iterable[tuple[str, Check]]) -> int:
@@ -238,14 +244,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", nargs="?", default="cuda", choices=("cuda", "triton"))
     parser.add_argument("--quick", action="store_true", help="fewer formats and kernels")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the checks")
     given = parser.parse_args()
     reason = backends.unavailable(given.backend, "decode", device_of(given.backend), KVFormat.from_name("k4v4", 128))
     if reason:
         print(f"backend {given.backend!r} can't run here: {reason}", file=sys.stderr)
         return 2
     where = "Triton's interpreter" if interpreted(given.backend) else torch.cuda.get_device_name()
-    failed = run(Checks(given.backend, given.quick))
-    print(f"{given.backend} on {where}: {f'{failed} FAILED' if failed else 'all passed'}")
+    try:
+        checks = part_of(Checks(given.backend, given.quick), given.part)
+    except ValueError as error:
+        parser.error(str(error))
+    failed = run(checks)
+    result = f"{failed} of {len(checks)} FAILED" if failed else f"all {len(checks)} passed"
+    print(f"{given.backend} on {where}, part {given.part}: {result}", flush=True)
     return 1 if failed else 0
 
 

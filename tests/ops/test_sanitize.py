@@ -50,6 +50,15 @@ def test_names_are_distinct_and_quick_is_a_part_of_all(sanitize: ModuleType) -> 
         assert {name.split()[0] for name in names} >= {"store", "gather", "decode"}
 
 
+def test_parts_are_all_of_it_once(sanitize: ModuleType) -> None:
+    checks = list(sanitize.Checks("cuda", False))
+    parts = [sanitize.part_of(checks, f"{i}/7") for i in range(1, 8)]
+    assert sorted(name for part in parts for name, _ in part) == sorted(name for name, _ in checks)
+    for wrong in ("0/7", "8/7", "3"):
+        with pytest.raises(ValueError, match=f"part must be I/N with I from 1 to N, got '{wrong}'"):
+            sanitize.part_of(checks, wrong)
+
+
 def test_options_are_for_as_many_sequences_as_there_are(sanitize: ModuleType) -> None:
     for case in sanitize.CASES:
         lengths = sanitize.lengths_of(case)
