@@ -45,7 +45,8 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(autouse=True)
 def without_gpu(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_kernel", lambda *_: kernel.store)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    for module in (store, gather):
+        monkeypatch.setattr(module, "current_stream", lambda _: 0)
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["single tokens", "octets"])

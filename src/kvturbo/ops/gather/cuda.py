@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
-from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled
+from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled, current_stream
 from kvturbo.cuda.source import TYPES, page_macros, pointer, sign_words, source
 from kvturbo.layout import PageLayout
 
@@ -99,9 +99,8 @@ def gather(
         *strides, pages.stride(0), block_table.stride(0), batch, heads, start, stop, octets,
         sign_words(fmt.head_dim, fmt.seed),
     )  # fmt: skip
-    stream = torch.cuda.current_stream(pages.device).cuda_stream
     kernel = _kernel(fmt, pages.shape[2], dtype, rotated, pages.device)
-    kernel.launch(-(-batch * heads * 2 * octets // _WARPS), _WARPS * 32, parameters, stream)
+    kernel.launch(-(-batch * heads * 2 * octets // _WARPS), _WARPS * 32, parameters, current_stream(pages.device.index))
     for x, target in zip(out, targets, strict=True):
         if x is not target:
             x.copy_(target)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends, checks
+from kvturbo.ops.calls import CheckedCalls, traits
+
+Run = Callable[..., None]
+"""Takes k, v, pages, slot_mapping, outlier_channels."""
+_CHECKED: CheckedCalls[Run] = CheckedCalls()
 
 
 def store(
@@ -33,6 +40,16 @@ def store(
         ValueError, TypeError: an argument has the wrong shape, dtype or device, a slot is out of range (seen on the CPU
             only: no synchronisation on a GPU), or the backend is not available.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        kind = (
+            k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device, pages.shape, pages.stride(),
+            pages.dtype, pages.device, slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
+            traits(outlier_channels), fmt, backend,
+        )  # fmt: skip
+        run = _CHECKED.get(kind)
+        if run is not None:
+            return run(k, v, pages, slot_mapping, outlier_channels)
     page_size = checks.check_pages(pages, fmt)
     for name, x in (("k", k), ("v", v)):
         checks.check_vectors(name, x, fmt, pages)
@@ -41,8 +58,22 @@ def store(
     checks.check_tensor("slot_mapping", slot_mapping, (k.shape[0],), torch.int64, pages)
     checks.check_range("slot_mapping", slot_mapping, -1, pages.shape[0] * page_size - 1)
     checks.check_outliers(outlier_channels, fmt, pages)
-    if torch.compiler.is_compiling():
+    if compiling:
         torch.ops.kvturbo.store(k, v, pages, slot_mapping, fmt.name, fmt.seed, outlier_channels, backend)
-        return
-    name = backends.choose(backend, "store", pages.device, fmt)
-    backends.load("store", name)(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+        return None
+    tensors = k, v, pages, slot_mapping, outlier_channels
+    run = _prepared(backends.choose(backend, "store", pages.device, fmt), tensors, fmt)
+    _CHECKED.remember(kind, run, pages.device)
+    return run(*tensors)
+
+
+def _prepared(backend: str, tensors: tuple[Tensor | None, ...], fmt: KVFormat) -> Run:
+    """A backend's store with the format filled in; the cuda backend works out more of a call beforehand."""
+    if backend == "cuda":
+        return backends.load("store", "cuda", "prepare")(*tensors, fmt=fmt)
+    store = backends.load("store", backend)
+
+    def run(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, outlier_channels: Tensor | None) -> None:
+        store(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+
+    return run

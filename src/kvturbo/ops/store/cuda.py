@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import KVFormat
-from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled
+from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled, current_stream
 from kvturbo.cuda.source import TYPES, page_macros, pointer, sign_words, source
 from kvturbo.layout import PageLayout
 
@@ -55,6 +57,10 @@ class _Params(Parameters):
     )
 
 
+_ADDRESSES = struct.Struct("5P")
+"""The first fields of `_Params`; the others are the same in all calls of a kind."""
+
+
 @lru_cache(maxsize=64)
 def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     variant = Variant(fmt, PageLayout.page_size_of(fmt, page_bytes), TYPES[dtype])
@@ -70,6 +76,56 @@ def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dty
     _kernel(fmt, fmt.page_bytes(page_size), dtype, device)
 
 
+class _Call:
+    """What calls of one kind share: their kernel, its grid, and all of its parameters but the addresses.
+
+    Args:
+        k, v: of one dtype of `TYPES`, rows contiguous.
+        pages, slots: contiguous slots, at least one.
+        fmt: the format.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
+        tokens, heads = len(slots), pages.shape[1]
+        span = 1 if 2 * tokens * heads <= _MOST_SINGLE else _OCTET
+        tasks = -(-tokens // span) * 2 * heads
+        self._kernel, self._grid = _kernel(fmt, pages.shape[2], k.dtype, pages.device), -(-tasks // _WARPS)
+        self._fmt, self._device, self._unit = fmt, pages.device.index, 4 * k.element_size()
+        self._spare: list[_Params] = []
+        self._sizes = (
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), tokens, heads, span,
+            sign_words(fmt.head_dim, fmt.seed),
+        )  # fmt: skip
+
+    def __call__(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, outlier_channels: Tensor | None) -> None:
+        """Launches the kernel for tensors like those that it was made for."""
+        at_k, at_v = k.data_ptr(), v.data_ptr()
+        if at_k % self._unit or at_v % self._unit:
+            return store(k, v, pages, slots, fmt=self._fmt, outlier_channels=outlier_channels)
+        try:
+            parameters = self._spare.pop()  # one that no other thread is filling
+        except IndexError:
+            parameters = _Params(*[None] * 5, *self._sizes)
+        _ADDRESSES.pack_into(parameters, 0, at_k, at_v, pages.data_ptr(), slots.data_ptr(), pointer(outlier_channels))
+        self._kernel.launch(self._grid, _WARPS * 32, parameters, current_stream(self._device))
+        self._spare.append(parameters)
+
+
+def prepare(
+    k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, outlier_channels: Tensor | None, *, fmt: KVFormat
+) -> Callable[..., None]:
+    """What runs calls with tensors like these, as in `kvturbo.ops.store`: takes the same ones. Loads the kernel."""
+    plain = k.dtype == v.dtype and k.dtype in TYPES and all(_strided_for_us(x) for x in (k, v))
+    contiguous = slot_mapping.is_contiguous() and (outlier_channels is None or outlier_channels.is_contiguous())
+    if plain and contiguous and len(slot_mapping):
+        return _Call(k, v, pages, slot_mapping, fmt)
+
+    def run(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, outlier_channels: Tensor | None) -> None:
+        store(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+
+    return run
+
+
 def store(
     k: Tensor,
     v: Tensor,
@@ -80,27 +136,20 @@ def store(
     outlier_channels: Tensor | None = None,
 ) -> None:
     """See `kvturbo.ops.store`. fp64, and keys and values of different dtypes, go through fp32 copies."""
-    tokens, heads = len(slot_mapping), pages.shape[1]
-    if not tokens:
+    if not len(slot_mapping):
         return
     if k.dtype != v.dtype or k.dtype == torch.float64:
         k, v = k.float(), v.float()
-    k, v = _aligned(k), _aligned(v)
-    slot_mapping = slot_mapping.contiguous()
-    outlier_channels = None if outlier_channels is None else outlier_channels.contiguous()
-    span = 1 if 2 * tokens * heads <= _MOST_SINGLE else _OCTET
-    parameters = _Params(
-        k.data_ptr(), v.data_ptr(), pages.data_ptr(), slot_mapping.data_ptr(), pointer(outlier_channels),
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), tokens, heads, span,
-        sign_words(fmt.head_dim, fmt.seed),
-    )  # fmt: skip
-    tasks = -(-tokens // span) * 2 * heads
-    stream = torch.cuda.current_stream(pages.device).cuda_stream
-    kernel = _kernel(fmt, pages.shape[2], k.dtype, pages.device)
-    kernel.launch(-(-tasks // _WARPS), _WARPS * 32, parameters, stream)
+    k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
+    channels = None if outlier_channels is None else outlier_channels.contiguous()
+    _Call(k, v, pages, slots, fmt)(k, v, pages, slots, channels)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """x itself unless its rows can't be read four elements at a time."""
-    fits = x.stride(2) == 1 and not (x.stride(0) % 4 or x.stride(1) % 4 or x.data_ptr() % (4 * x.element_size()))
+    fits = _strided_for_us(x) and not x.data_ptr() % (4 * x.element_size())
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _strided_for_us(x: Tensor) -> bool:
+    return x.stride(2) == 1 and not (x.stride(0) % 4 or x.stride(1) % 4)
