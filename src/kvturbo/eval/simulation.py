@@ -183,4 +183,4 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     seen = torch.ones(n, t, dtype=torch.bool, device=q.device).tril(t - n).repeat(group, 1)
     rows = q.reshape(batch, kv_heads, group * n, d)
     out = F.scaled_dot_product_attention(rows, k, v, seen, scale=scale)
-    return out.view(batch, heads, n, d)
+    return out.reshape(batch, heads, n, d)
