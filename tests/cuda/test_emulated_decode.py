@@ -18,6 +18,7 @@ from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
 from kvturbo.ops.decode import cuda, variants
 from kvturbo.ops.decode.reference import decode as reference_decode
+from kvturbo.ops.sharing import SharedSchedules
 from support import Batch, batch_of, ints, relative_error, same_bits
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -293,6 +294,37 @@ def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
     pages = batch.pages.as_strided(batch.pages.shape, (8, *batch.pages.stride()[1:]))
     with pytest.raises(ValueError, match="16 bytes and lie less than 4 GiB apart, got stride 8"):
         cuda.decode(q, pages, batch.block_table, batch.seq_lens, torch.empty_like(q), **options)
+
+
+@pytest.mark.parametrize("kernel", [CASES[2]], ids=lambda case: case.label, indirect=True)
+def test_layers_share_a_plan_and_steps_do_not(
+    run: Runner, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers' calls in each of several steps; the later steps use the memory of the first one's plan."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    plans: list[int] = []
+    launch = schedule_kernel.launch
+    monkeypatch.setattr(schedule_kernel, "launch", lambda *args: plans.append(1) or launch(*args))
+    shared, batch = SharedSchedules(), run.batch()
+    steps: list[dict[str, Any]] = [
+        {"q_lens": [1, 1, 0, 2, 1, 0]}, {"q_lens": run.case.q_lens}, {"q_lens": run.case.q_lens, "window": 150},
+        {"q_lens": run.case.q_lens, "seq_starts": [690, 0, 0, 250, 60, 129]}, {"q_lens": run.case.q_lens},
+    ]  # fmt: skip
+    for step in steps:
+        options: dict[str, Any] = {n: ints(x, "cpu") if isinstance(x, list) else x for n, x in step.items()}
+        plans.clear()
+        results = []
+        for _ in range(2):
+            q, out = run.queries(batch), torch.full(run.queries(batch).shape, math.nan)
+            lse = cuda.decode(
+                q, batch.pages, batch.block_table, batch.seq_lens, out,
+                scale=SCALE, schedule=shared, **batch.format_options(), **options,
+            )  # fmt: skip
+            results.append((out, lse))
+        assert len(plans) == 1
+        alone = run(q, batch, **step)
+        assert all(same_bits(a, b) for result in results for a, b in zip(result, alone, strict=True))
+    assert len({id(schedule) for _, _, schedule in shared._made.values()}) == 2, "with a window and without"
 
 
 LIMITS_OF = {

@@ -34,6 +34,11 @@ class Schedule:
     window: int | None
     max_q_len: int
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds on the device."""
+        return [self.blocks] if self.rows is None else [self.blocks, self.rows]
+
     def check(self, batch: int, window: int | None, q_lens: Tensor | None) -> None:
         """Raises ValueError unless the schedule fits a call."""
         if self.blocks.shape[0] != batch + 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends, checks
 from kvturbo.ops.calls import CheckedCalls, traits
+from kvturbo.ops.sharing import SharedSchedules
 
 Run = Callable[..., Tensor]
 """Takes q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule; returns lse."""
@@ -52,7 +53,8 @@ def decode(
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: [num_q_heads] fp32, a logit per head in the softmax without a value.
         outlier_channels: [num_kv_heads, fmt.channel_count] int64, as given to store.
-        schedule: a plan of splits made once for all layers of a step (GPU backends; default: made here).
+        schedule: a plan of splits made once for all layers of a step, or `kvturbo.ops.sharing.SharedSchedules`, which has
+            it made (GPU backends; default: made here, in every call).
         out: [T, num_q_heads, d] to write into, of any floating dtype; it must not share memory with q.
         backend: "auto" or one of `kvturbo.ops.backends.BACKENDS`.
 
@@ -88,7 +90,7 @@ def decode(
         raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if compiling:
-        if schedule is not None:
+        if schedule is not None and not isinstance(schedule, SharedSchedules):
             raise ValueError("schedule can't be passed inside torch.compile; leave it out")
         lse = torch.ops.kvturbo.decode(
             q, pages, block_table, seq_lens, out, fmt.name, fmt.seed, scale,

@@ -20,6 +20,7 @@ from kvturbo.layout import PageLayout
 from kvturbo.ops.decode.loading import kernels as _kernels
 from kvturbo.ops.decode.loading import warmup
 from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
+from kvturbo.ops.sharing import SharedSchedules
 
 __all__ = ["Schedule", "decode", "make_schedule", "prepare", "warmup"]
 
@@ -109,6 +110,11 @@ class Schedule:
         self._threads = variant.warps * 32
         self._spare: list[_ScheduleParams] = []
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is its own on the device: the plan."""
+        return [self.plan]
+
     def update(
         self,
         seq_lens: Tensor,
@@ -159,11 +165,16 @@ def _shape(variant: Variant, batch: int, kv_heads: int, device: torch.device) ->
     return _Shape(variant, batch, kv_heads, device)
 
 
+def _schedule_of(shape: _Shape, stream: int) -> Schedule:
+    """A schedule in a stream's memory."""
+    memory = _stream_memory(shape.variant, shape.device, stream)
+    return Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device, memory)
+
+
 @lru_cache(maxsize=64)
 def _own_schedule(shape: _Shape, stream: int) -> tuple[Schedule, Lock]:
     """A stream's schedule, and a lock for those who launch a plan and then its decode."""
-    memory = _stream_memory(shape.variant, shape.device, stream)
-    return Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device, memory), Lock()
+    return _schedule_of(shape, stream), Lock()
 
 
 def make_schedule(
@@ -241,18 +252,41 @@ class _Call:
         lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
         before = q.data_ptr(), at_pages, block_table.data_ptr(), *lens, pointer(sinks), pointer(outlier_channels)
         after = out.data_ptr(), lse.data_ptr()
-        if schedule is not None:
+        if schedule is None or type(schedule) is SharedSchedules:
+            tensors = seq_lens, q_lens, seq_starts
+            self._launch_planned(before, schedule, after, (tensors, lens), stream)
+        else:
             self._check(schedule)
             self._launch(before, schedule, after, stream)
-            return lse
-        if torch.cuda.is_current_stream_capturing():  # a captured graph gets a schedule of its own, in its own memory
-            schedule, lock = Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device), Lock()
-        else:
-            schedule, lock = _own_schedule(shape, stream)
-        with lock:
-            schedule._update(lens, self.window, stream)
-            self._launch(before, schedule, after, stream)
         return lse
+
+    def _launch_planned(
+        self,
+        before: tuple[int, ...],
+        shared: SharedSchedules | None,
+        after: tuple[int, int],
+        lens: tuple[tuple[Tensor | None, ...], tuple[int, int, int]],
+        stream: int,
+    ) -> None:
+        """Takes lengths as tensors and as their addresses."""
+        shape, window = self.shape, self.window
+        if torch.cuda.is_current_stream_capturing():  # a captured graph gets a schedule of its own, in its own memory
+            schedule = Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device)
+            schedule._update(lens[1], window, stream)
+            self._launch(before, schedule, after, stream)
+        elif shared is None:
+            schedule, lock = _own_schedule(shape, stream)
+            with lock:
+                schedule._update(lens[1], window, stream)
+                self._launch(before, schedule, after, stream)
+        else:
+
+            def make(last: Schedule | None) -> Schedule:
+                schedule = last or _schedule_of(shape, stream)
+                schedule._update(lens[1], window, stream)
+                return schedule
+
+            self._launch(before, shared.get((shape, window, stream), lens[0], make), after, stream)
 
     def _launch(self, before: tuple[int, ...], schedule: Schedule, after: tuple[int, int], stream: int) -> None:
         try:

@@ -18,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvturbo.config import KVFormat
+from kvturbo.cuda.jit import current_stream
 from kvturbo.layout import PageLayout
 from kvturbo.ops import triton_common as common
 from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.schedule import BLOCK, Schedule, plan
+from kvturbo.ops.sharing import SharedSchedules
 from kvturbo.ops.triton_common import (
     exact_dot,
     key_block,
@@ -462,9 +464,19 @@ def _planned(
     window: int | None,
     num_queries: int,
 ) -> Schedule:
-    if schedule is None:
-        bound = min(MAX_Q_LEN, num_queries)
+    bound = min(MAX_Q_LEN, num_queries)
+
+    def make(_: Schedule | None = None) -> Schedule:
         return plan(seq_lens, q_lens=q_lens, seq_starts=seq_starts, window=window, max_q_len=bound)
+
+    device, shared = seq_lens.device, isinstance(schedule, SharedSchedules)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if schedule is None or (shared and capturing):
+        return make()
+    if shared:
+        stream = current_stream(device.index) if device.type == "cuda" else 0
+        kind = ("triton", len(seq_lens), window, bound, device, stream)
+        return schedule.get(kind, (seq_lens, q_lens, seq_starts), make)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a kvturbo.ops.schedule.Schedule, got {type(schedule).__name__}")
     schedule.check(seq_lens.shape[0], window, q_lens)
