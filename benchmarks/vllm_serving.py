@@ -1,10 +1,10 @@
 """Serves models of two shapes with random weights in vLLM, with every cache dtype: capacity, speed, times and memory.
 
     python benchmarks/vllm_serving.py                     # writes benchmarks/results/vllm-<gpu>.json
-    python benchmarks/vllm_serving.py --only latency --models llama-3.1-8b --rounds 1 --seconds 1200
+    python benchmarks/vllm_serving.py --models llama-3.1-8b --only start,burst --rounds 1 --add
 
-Every engine has a process of its own. Cache dtypes alternate; a row is the median of its runs. Rows are written after each
-engine. One that fails is named in the file, with the end of what it said, and the exit code is 1.
+A process serves all cache dtypes of a model, one engine after another. A row is the median of the rounds. Figures are written as
+they come. An engine that fails is named in the file, with what it said, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,58 +26,104 @@ from typing import Any
 import torch
 
 from kvturbo.bench import report, running
-from kvturbo.bench.vllm_rows import CACHE_DTYPES, ENGINES, MODELS, Job, jobs, rows_of
+from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 
 RESULTS = Path(__file__).parent / "results"
 TAIL = 4000
-TIMEOUT, TIMED_OUT = 3600, 124
-"""Seconds that an engine may take, and what its exit code is said to be after them."""
+TIMED_OUT = 124
+POLL_SECONDS = 0.2
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(ENGINES), help=f"engines, of {', '.join(ENGINES)}")
+    parser.add_argument("--only", default=",".join(MEASURES), help="what is measured; default: %(default)s")
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(CACHE_DTYPES), help="cache dtypes; default: %(default)s")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="DTYPE:MEASURE,...",
+        help="what is not measured with a cache dtype",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")
+    parser.add_argument("--prompts", type=int, default=512, help=f"of {', '.join(LOADS)} (default: 512)")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the figures that the file has, of other models or measures"
+    )
+    parser.add_argument("--log", type=Path, help="a folder for what the engines print")
     running.add_arguments(parser, "vllm", "engine")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     given = arguments()
-    if given.job:
-        return engine_process(Job(**json.loads(given.job)), given.out)
+    if given.jobs:
+        engines_process([Job(**job) for job in json.loads(given.jobs)], given.out, given.seconds)
+        return 0
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA GPU", file=sys.stderr)
         return 2
     try:
         commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
-        todo = jobs(given.only.split(","), given.models.split(","), given.dtypes.split(","), given.rounds)
+        without = {name: left_out.split(",") for name, _, left_out in (text.partition(":") for text in given.without)}
+        todo = jobs(
+            given.models.split(","),
+            given.dtypes.split(","),
+            given.only.split(","),
+            without,
+            given.rounds,
+            given.prompts,
+        )
         check_plugin()
+        path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
+        values = earlier_values(path, commit) if given.add else []
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
-    values: list[tuple[Job, dict[str, Any]]] = []
-    failed: list[dict[str, Any]] = []
-    start, done = time.monotonic(), 0
-    for job in todo:
-        if time.monotonic() - start > given.seconds:
-            break
-        print(f"{job.model}, {job.engine}, {job.cache_dtype}", flush=True)
-        found, failure = run(job)
-        values += [(job, value) for value in found]
-        for value in found:
-            print(f"    {value['what']}: {value['value']:,.2f} {value['unit']}", flush=True)
-        if failure is not None:
-            failed.append(asdict(job) | {"error": failure})
-            print(failure, file=sys.stderr, flush=True)
-        done += 1
-        report.write(path, rows_of(values), commit, rounds=given.rounds, failed=failed, complete=done == len(todo))
-    print(f"wrote {path}: {done} of {len(todo)} engines, {len(failed)} failed")
+    failed = measure_all(todo, path, values, commit, given)
+    print(f"wrote {path}: {len(values)} figures, {len(failed)} failures")
     return 1 if failed else 0
+
+
+def measure_all(
+    todo: Sequence[Sequence[Job]], path: Path, values: list[dict[str, Any]], commit: str, given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Runs all processes, writes the file after every figure, and returns the failures."""
+    failed: list[dict[str, Any]] = []
+    deadline = time.monotonic() + given.seconds
+
+    def take(line: Mapping[str, Any]) -> None:
+        if "error" in line:
+            failed.append(dict(line))
+            print(f"{line['model']}, {line['kv_cache_dtype']}: {line['error']}", file=sys.stderr, flush=True)
+        else:
+            values.append(dict(line) | {"commit": commit})
+            print("{model}, {kv_cache_dtype}: {what}: {value:,.2f} {unit}".format_map(line), flush=True)
+        report.write(path, rows_of(values), commit, failed=failed, values=values)
+
+    for engines in todo:
+        left = deadline - time.monotonic()
+        if left > 0:
+            run(engines, left, take, given.log)
+    return failed
+
+
+def earlier_values(path: Path, commit: str) -> list[dict[str, Any]]:
+    """The figures in a file of results.
+
+    Raises:
+        ValueError: they are of another commit.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if found["commit"] != commit:
+        raise ValueError(
+            f"{path} is of commit {found['commit']}, this is {commit}: measure all of it again, without --add"
+        )
+    return list(found["values"])
 
 
 def check_plugin() -> None:
@@ -84,38 +132,67 @@ def check_plugin() -> None:
         raise ValueError("vLLM does not see the plugin: pip install -e '.[vllm]'")
 
 
-def run(job: Job) -> tuple[list[dict[str, Any]], str | None]:
-    """A job in a process of its own: what it measured, and the end of its output if it failed."""
+def run(
+    engines: Sequence[Job], seconds: float, take: Callable[[Mapping[str, Any]], None], log: Path | None = None
+) -> None:
+    """Measures in a process of its own; `take` gets every figure and every failure as it comes."""
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "values.jsonl"
-        command = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--out", str(out)]
-        with (Path(folder) / "log").open("w+") as log:
-            try:
-                code = subprocess.run(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=TIMEOUT
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = TIMED_OUT
-            log.seek(0)
-            text = log.read()
-        lines = out.read_text().splitlines() if out.exists() else []
-    return [json.loads(line) for line in lines], f"exit code {code}: {text[-TAIL:]}" if code else None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, deadline = log or Path(temporary), time.monotonic() + seconds
+        folder.mkdir(parents=True, exist_ok=True)
+        out = Path(temporary) / "values.jsonl"
+        out.touch()
+        payload = json.dumps([asdict(job) for job in engines])
+        command = [sys.executable, __file__, "--jobs", payload, "--out", str(out), "--seconds", str(seconds)]
+        with (folder / f"{engines[0].model}.log").open("w+") as output, out.open() as lines:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            while process.poll() is None and time.monotonic() < deadline:
+                for line in _whole_lines(lines):
+                    take(line)
+                time.sleep(POLL_SECONDS)
+            if process.poll() is None:
+                process.kill()
+            code = TIMED_OUT if time.monotonic() >= deadline else process.wait()
+            process.wait()
+            for line in _whole_lines(lines):
+                take(line)
+            if code:
+                output.seek(0)
+                names = ", ".join(job.cache_dtype for job in engines)
+                error = f"exit code {code}: {output.read()[-TAIL:]}"
+                take({"model": engines[0].model, "kv_cache_dtype": names, "error": error})
 
 
-def engine_process(job: Job, out: Path) -> int:
-    """Measures a job and appends every figure to a file as it comes."""
+def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        place, line = file.tell(), file.readline()
+        if not line.endswith("\n"):
+            file.seek(place)
+            return
+        yield json.loads(line)
+
+
+def engines_process(engines: Sequence[Job], out: Path, seconds: float) -> None:
+    """Measures jobs, engine after engine, and appends every figure to a file as it comes; an engine's failure leaves the others."""
     from kvturbo.bench.vllm_engine import measure
 
-    with out.open("w") as file:
-        for value in measure(job):
-            file.write(json.dumps(value) + "\n")
-            file.flush()
-    return 0
+    start = time.monotonic()
+    with out.open("a", buffering=1) as file:
+        for job in engines:
+            facts = {"model": job.model, "kv_cache_dtype": job.cache_dtype}
+            if time.monotonic() - start > seconds:
+                file.write(json.dumps(facts | {"error": "not begun: the time was up"}) + "\n")
+                continue
+            try:
+                for value in measure(job):
+                    file.write(json.dumps(facts | value) + "\n")
+            except Exception as error:
+                traceback.print_exc()
+                file.write(json.dumps(facts | {"error": f"{type(error).__name__}: {str(error)[:TAIL]}"}) + "\n")
 
 
 if __name__ == "__main__":

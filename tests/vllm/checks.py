@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import vllm_models as models  # noqa: E402 (tests/ is not on the path of a script)
 from vllm_engines import (  # noqa: E402
+    CACHE_BYTES,
     CHUNK,
     MODEL,
     PROMPT_TOKENS,
@@ -285,7 +286,8 @@ def processes() -> str:
 @check
 def server() -> str:
     """`vllm serve MODEL --kv-cache-dtype turboquant`, asked for the same texts at once."""
-    with serving("--kv-cache-dtype", "turboquant", "--gpu-memory-utilization", "0.1") as ask:
+    memory = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-model-len", "4096")
+    with serving("--kv-cache-dtype", "turboquant", *memory) as ask:
         got = ask(prompts())
     return sensible([(tokens, []) for tokens in got])
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvturbo.bench import vllm_rows
-from kvturbo.bench.vllm_rows import CACHE_DTYPES, ENGINES, LONG_ANSWERS, LONG_PROMPTS, MODELS, Job, jobs, rows_of
+from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm_serving.py"
 
@@ -25,46 +26,89 @@ def _script() -> ModuleType:
     return module
 
 
-def test_rounds_alternate_cache_dtypes() -> None:
-    found = jobs(["latency"], ["llama-3.1-8b"], CACHE_DTYPES, 2)
-    assert [job.cache_dtype for job in found] == [*CACHE_DTYPES, *reversed(CACHE_DTYPES)]
-    assert len(jobs(list(ENGINES), list(MODELS), CACHE_DTYPES, 3)) == 3 * len(ENGINES) * len(MODELS) * len(CACHE_DTYPES)
+def test_rounds_alternate_cache_dtypes_and_models_have_processes_of_their_own() -> None:
+    found = jobs(list(MODELS), CACHE_DTYPES, rounds=2)
+    assert [[job.model for job in engines] for engines in found] == [
+        [model] * len(CACHE_DTYPES) for model in MODELS
+    ] * 2
+    assert [job.cache_dtype for job in found[0]] == list(CACHE_DTYPES)
+    assert [job.cache_dtype for job in found[-1]] == list(reversed(CACHE_DTYPES))
+    assert found[0][0].measures == MEASURES
+
+
+def test_measures_keep_their_order_and_can_be_left_out() -> None:
+    [[bf16, fp8]] = jobs(["qwen2.5-7b"], ["auto", "fp8"], ["burst", "start"], {"fp8": ["burst"]}, prompts=64)
+    assert bf16 == Job("qwen2.5-7b", "auto", ("start", "burst"), 64) and fp8.measures == ("start",)
 
 
 @pytest.mark.parametrize(
-    "engine, model, dtype, rounds, message",
+    "arguments, message",
     [
-        ("x", "qwen2.5-7b", "auto", 1, "engine must be among latency, .*got x"),
-        ("latency", "x", "auto", 1, "model must be among qwen2.5-7b, .*got x"),
-        ("latency", "qwen2.5-7b", "x", 1, "cache dtype must be among auto, .*got x"),
-        ("latency", "qwen2.5-7b", "auto", 0, "rounds must be at least 1, got 0"),
+        ((["x"], ["auto"]), "model must be among qwen2.5-7b, .*got x"),
+        ((["qwen2.5-7b"], ["x"]), "cache dtype must be among auto, .*got x"),
+        ((["qwen2.5-7b"], ["auto"], ["x"]), "measure must be among start, .*got x"),
+        ((["qwen2.5-7b"], ["auto"], ["start"], {"x": ["start"]}), "cache dtype must be among auto, .*got x"),
+        ((["qwen2.5-7b"], ["auto"], ["start"], {"auto": ["x"]}), "measure must be among start, .*got x"),
+        ((["qwen2.5-7b"], ["auto"], ["start"], {}, 0), "rounds must be at least 1, got 0"),
     ],
 )
-def test_unknown_names_are_refused(engine: str, model: str, dtype: str, rounds: int, message: str) -> None:
+def test_unknown_names_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        jobs([engine], [model], [dtype], rounds)
+        jobs(*arguments)
 
 
 def test_a_quarter_of_the_memory_is_a_quarter_of_what_16_bits_need() -> None:
     assert vllm_rows.bf16_bytes_per_token("llama-3.1-8b") == 131072
     assert vllm_rows.bf16_bytes_per_token("qwen2.5-7b") == 57344
-    assert LONG_PROMPTS.quarter_bytes("llama-3.1-8b") * 4 == 64 * 3500 * 131072
-    options = Job("quarter-long-answers", "qwen2.5-7b", "fp8").options()
-    assert options["kv_cache_memory_bytes"] == LONG_ANSWERS.quarter_bytes("qwen2.5-7b")
-    assert options["max_num_seqs"] == 128 and not options["enable_prefix_caching"]
-    assert "kv_cache_memory_bytes" not in Job("latency", "qwen2.5-7b", "fp8").options()
+    assert LOADS["quarter-long-prompts"].quarter_bytes("llama-3.1-8b") * 4 == 64 * 3500 * 131072
+    assert LOADS["quarter-long-answers"].name.endswith("128 concurrent, a quarter of the memory")
+
+
+class FakePool:
+    """vLLM's block pool, as far as a part of the cache is taken out of it."""
+
+    num_gpu_blocks = 1000
+
+    def __init__(self) -> None:
+        self.free = 999
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def get_num_free_blocks(self) -> int:
+        return self.free
+
+    def get_new_blocks(self, count: int) -> list[int]:
+        self.free -= count
+        return list(range(count))
+
+    def free_blocks(self, blocks: list[int]) -> None:
+        self.free += len(blocks)
+
+
+def test_a_part_of_the_cache_is_what_is_left_in_the_pool() -> None:
+    from kvturbo.bench.vllm_engine import Engine
+
+    pool = FakePool()
+    engine = object.__new__(Engine)
+    manager = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
+    engine.core = SimpleNamespace(engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=manager)))
+    engine._pool_bytes = lambda: 4_000_000  # type: ignore[method-assign]
+    with engine._part_of_the_cache(400_000):
+        assert pool.free == 100
+    assert pool.free == 999
 
 
 def test_rows_are_medians_and_their_ratios() -> None:
     def value(number: float) -> dict[str, Any]:
-        return {"what": "capacity", "value": number, "unit": "tokens"}
+        return {"what": "capacity", "value": number, "unit": "tokens", "model": "qwen2.5-7b"}
 
     runs = {"auto": [100, 90, 200], "fp8": [200], "turboquant": [370, 390]}
-    rows = rows_of((Job("latency", "qwen2.5-7b", name), value(x)) for name, found in runs.items() for x in found)
+    rows = rows_of(value(x) | {"kv_cache_dtype": name} for name, found in runs.items() for x in found)
     assert [row["value"] for row in rows] == [100, 200, 380]
     assert [row["ratio_bf16"] for row in rows] == [1, 2, 3.8] and rows[2]["ratio_fp8"] == 1.9
     assert list(rows[0]) == ["what", "model", "kv_cache_dtype", "value", "unit", "ratio_bf16", "ratio_fp8"]
-    alone = rows_of([(Job("latency", "qwen2.5-7b", "turboquant"), value(1))])
+    alone = rows_of([value(1) | {"kv_cache_dtype": "turboquant"}])
     assert alone[0]["ratio_bf16"] is None and alone[0]["ratio_fp8"] is None
 
 
@@ -72,6 +116,12 @@ def test_a_step_is_the_median_of_steady_steps() -> None:
     assert vllm_rows.step_milliseconds([0.01, 0.02, 0.5], [8, 8, 8], 8) == 20
     with pytest.raises(RuntimeError, match=r"steps of 8 sequences gave \[7, 8\] tokens"):
         vllm_rows.step_milliseconds([0.01, 0.02], [8, 7], 8)
+
+
+def _run(script: ModuleType, seconds: float = 60) -> list[dict[str, Any]]:
+    taken: list[dict[str, Any]] = []
+    script.run([Job("qwen2.5-7b", "auto"), Job("qwen2.5-7b", "fp8")], seconds, taken.append)
+    return taken
 
 
 def test_a_process_that_dies_leaves_its_values_and_its_last_words(
@@ -83,45 +133,67 @@ def test_a_process_that_dies_leaves_its_values_and_its_last_words(
         'open(out, \'w\').write(\'{"what": "capacity", "value": 5, "unit": "tokens"}\\n\')\nsys.exit(\'out of memory\')\n'
     )
     monkeypatch.setattr(script, "__file__", str(fake))
-    found, failure = script.run(Job("latency", "qwen2.5-7b", "auto"))
-    assert found == [{"what": "capacity", "value": 5, "unit": "tokens"}]
-    assert failure is not None and failure.startswith("exit code 1") and "out of memory" in failure
+    found, failure = _run(script)
+    assert found == {"what": "capacity", "value": 5, "unit": "tokens"}
+    assert failure["error"].startswith("exit code 1") and "out of memory" in failure["error"]
+    assert failure["kv_cache_dtype"] == "auto, fp8"
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, fake = _script(), tmp_path / "fake.py"
     fake.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(script, "__file__", str(fake))
-    monkeypatch.setattr(script, "TIMEOUT", 0.5)
-    found, failure = script.run(Job("latency", "qwen2.5-7b", "auto"))
-    assert found == [] and failure is not None and failure.startswith("exit code 124")
+    [failure] = _run(script, 0.5)
+    assert failure["error"].startswith("exit code 124")
 
 
-def test_figures_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_written_as_they_come_and_a_failure_leaves_the_other_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kvturbo.bench import vllm_engine
 
     def measure(job: Job) -> Any:
-        yield {"what": job.cache_dtype, "value": 1, "unit": "ms"}
-        raise RuntimeError("broken")
+        yield {"what": "capacity", "value": 1, "unit": "tokens"}
+        if job.cache_dtype == "fp8":
+            raise RuntimeError("broken")
 
     monkeypatch.setattr(vllm_engine, "measure", measure)
     out = tmp_path / "values.jsonl"
-    with pytest.raises(RuntimeError, match="broken"):
-        _script().engine_process(Job("latency", "qwen2.5-7b", "fp8"), out)
-    assert json.loads(out.read_text())["what"] == "fp8"
+    _script().engines_process([Job("qwen2.5-7b", name) for name in ("fp8", "auto")], out, 60)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["kv_cache_dtype"] for line in lines] == ["fp8", "fp8", "auto"]
+    assert lines[1]["error"] == "RuntimeError: broken"
+
+
+def test_figures_of_another_commit_are_not_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "vllm.json"
+    assert _script().earlier_values(path, "abc") == []
+    path.write_text(json.dumps({"commit": "abc", "values": [{"what": "capacity"}]}))
+    assert _script().earlier_values(path, "abc") == [{"what": "capacity"}]
+    with pytest.raises(ValueError, match="is of commit abc, this is def"):
+        _script().earlier_values(path, "def")
+
+
+def test_graph_sizes_are_read_from_the_log_whatever_its_handlers_are() -> None:
+    from kvturbo.bench.vllm_engine import _graph_sizes
+
+    log = logging.getLogger("vllm.test")
+    with _graph_sizes() as sizes:
+        log.warning("Graph capturing finished in %.0f secs, took %.2f GiB", 5, 0.42)
+    log.warning("Graph capturing finished in %.0f secs, took %.2f GiB", 5, 0.1)
+    assert sizes == [0.42]
 
 
 @pytest.mark.usefixtures("vllm_python")
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-def test_vllm_takes_the_options(engine: str, model: str, cache_dtype: str) -> None:
+def test_vllm_takes_the_options(model: str, cache_dtype: str) -> None:
     import vllm_standin
 
-    options = {**Job(engine, model, cache_dtype).options(), "enforce_eager": False}
+    options = {**Job(model, cache_dtype).options(), "enforce_eager": False}
     options.pop("kv_cache_dtype")
     options.pop("skip_tokenizer_init")
     config = vllm_standin.config_of(MODELS[model], cache_dtype, **options)
     assert config.model_config.get_head_size() == vllm_rows.HEAD_DIM
-    assert config.cache_config.kv_cache_memory_bytes == options.get("kv_cache_memory_bytes")
+    assert config.cache_config.enable_prefix_caching
     assert "vllm_serving" not in sys.modules

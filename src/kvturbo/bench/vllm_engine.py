@@ -9,7 +9,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from kvturbo.bench.vllm_rows import (
     ADDED_TOKENS,
     BURST,
     CACHED_TOKENS,
-    ENGINES,
     FRESH_TOKENS,
-    LONGEST,
+    LENGTHS,
+    LOADS,
     MODELS,
     STEP_COUNT,
     STEPS,
@@ -36,14 +38,25 @@ _GIB = 1 << 30
 _SETTLE_STEPS = 8
 
 
-class _GraphSize(logging.Handler):
-    """Reads the size of the CUDA graphs from vLLM's log, where alone it says it."""
+@contextmanager
+def _graph_sizes() -> Iterator[list[float]]:
+    """GiB of CUDA graphs from vLLM's log, where alone it says it; the last is that of the engine, others are estimates.
 
-    gib: float | None = None
+    Records are caught where they are made, since vLLM sets all handlers of its loggers when an engine starts.
+    """
+    make, sizes = logging.getLogRecordFactory(), list[float]()
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def catch(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
         if str(record.msg).startswith("Graph capturing finished") and isinstance(record.args, tuple):
-            self.gib = float(str(record.args[1]))
+            sizes.append(float(str(record.args[1])))
+        return record
+
+    logging.setLogRecordFactory(catch)
+    try:
+        yield sizes
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 class Engine:
@@ -55,53 +68,84 @@ class Engine:
         self.job, self._rng, self._requests = job, random.Random(0), 0
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(MODELS[job.model]))
-        graphs = _GraphSize()
-        logging.getLogger("vllm").addHandler(graphs)
-        self.llm = LLM(model=str(folder), **job.options())
-        self.graph_gib = graphs.gib
+        with _graph_sizes() as sizes:
+            self.llm = LLM(model=str(folder), **job.options())
+        self.graph_gib = sizes[-1] if sizes else None
         self.core = self.llm.llm_engine
+        self._texts: list[list[int]] = []
+
+    def close(self) -> None:
+        """Ends the engine, so that another can have the GPU's memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.core.engine_core.shutdown()
+        del self.llm, self.core
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def prompt(self, tokens: int) -> list[int]:
         """Token ids that no other prompt begins with."""
         return self._rng.choices(range(10, MODELS[self.job.model]["vocab_size"]), k=tokens)
 
-    def seconds(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """From handing the prompts over to the last token."""
+    def add(self, prompt: list[int], new_tokens: int, *, stream: bool = False) -> str:
+        """Asks for greedy tokens, all at the end or as they come; returns the request's name."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        kind = RequestOutputKind.CUMULATIVE if stream else RequestOutputKind.FINAL_ONLY
+        parameters = SamplingParams(
+            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, output_kind=kind
+        )
+        self._requests += 1
+        name = f"request-{self._requests}"
+        self.core.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        return name
+
+    def seconds(self, prompts: list[list[int]], new_tokens: int, concurrent: int) -> float:
+        """From the first request to the last token, with so many requests at once."""
+        todo, running, done = iter(prompts), set[str](), 0
         torch.cuda.synchronize()
         start = time.perf_counter()
-        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        counts = {len(output.outputs[0].token_ids) for output in outputs}
-        if counts != {new_tokens} or len(outputs) != len(prompts):
-            raise RuntimeError(f"{len(prompts)} prompts of {new_tokens} new tokens gave {len(outputs)} of {counts}")
-        return seconds
+        while done < len(prompts):
+            while len(running) < concurrent and (prompt := next(todo, None)) is not None:
+                running.add(self.add(prompt, new_tokens))
+            for output in self.core.step():
+                if output.finished:
+                    running.remove(output.request_id)
+                    done += 1
+                    if len(output.outputs[0].token_ids) != new_tokens:
+                        raise RuntimeError(f"{len(output.outputs[0].token_ids)} tokens instead of {new_tokens}")
+        return time.perf_counter() - start
 
     def throughput(self, load: Load) -> float:
         """New tokens per second, prompts included in the time."""
         prompts = [self.prompt(load.prompt_tokens) for _ in range(load.prompts)]
-        return load.prompts * load.new_tokens / self.seconds(prompts, load.new_tokens)
+        with self._part_of_the_cache(load.quarter_bytes(self.job.model)) if load.quarter else nullcontext():
+            return load.prompts * load.new_tokens / self.seconds(prompts, load.new_tokens, load.concurrent)
+
+    @contextmanager
+    def _part_of_the_cache(self, size: int) -> Iterator[None]:
+        """Takes blocks out of the pool, so that those that are left have so many bytes."""
+        pool = self.core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        pool.reset_prefix_cache()
+        kept = size * pool.num_gpu_blocks // self._pool_bytes()
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - kept)
+        try:
+            yield
+        finally:
+            pool.free_blocks(taken)
 
     def step(self, batch: int, tokens: int) -> float:
-        """Milliseconds of a steady decode step."""
-        from vllm import SamplingParams
-
+        """Milliseconds of a steady decode step. Sequences go on where those of earlier steps were, as far as these are cached."""
+        while len(self._texts) < batch:
+            self._texts.append(self.prompt(max(length for _, length in STEPS)))
         new_tokens = _SETTLE_STEPS + 2 * STEP_COUNT + batch  # nobody may end while the last prompt is read
-        parameters = SamplingParams(temperature=0, max_tokens=4 * new_tokens, ignore_eos=True, detokenize=False)
-        length = tokens - new_tokens
-        names = []
-        for _ in range(batch):
-            self._requests += 1
-            names.append(f"step-{self._requests}")
-            self.core.add_request(names[-1], {"prompt_token_ids": self.prompt(length)}, parameters)
-        counts = dict.fromkeys(names, 0)
+        texts = [text[: tokens - new_tokens] for text in self._texts[:batch]]
+        counts = dict.fromkeys((self.add(text, 4 * new_tokens, stream=True) for text in texts), 0)
         while min(counts.values()) < _SETTLE_STEPS:
             self._one_step(counts)
         measured = [self._one_step(counts) for _ in range(STEP_COUNT)]
-        self.core.abort_request(names)
+        self.core.abort_request(list(counts))
         while self.core.has_unfinished_requests():
             self.core.step()
         return step_milliseconds([seconds for seconds, _ in measured], [count for _, count in measured], batch)
@@ -123,9 +167,9 @@ class Engine:
         times = []
         prefix = self.prompt(cached)
         if cached:
-            self.seconds([prefix], 1)
+            self.seconds([prefix], 1, 1)
         for _ in range(TTFT_REPEATS + 1):
-            times.append(self.seconds([prefix + self.prompt(added)], 1))
+            times.append(self.seconds([prefix + self.prompt(added)], 1, 1))
         return statistics.median(times[1:]) * 1e3
 
     def capacity(self) -> int:
@@ -133,15 +177,19 @@ class Engine:
         cache = self.core.vllm_config.cache_config
         return int(cache.num_gpu_blocks * cache.block_size)
 
-    def longest_prompt(self) -> float:
-        """GiB of the GPU that the longest prompt needs: the peak while it is read, with the cache counted as what it fills."""
-        pool = self.llm.collective_rpc(_cache_bytes)[0]
-        prompt = self.prompt(LONGEST - 64)
+    def memory_of_a_prompt(self, tokens: int) -> tuple[float, float]:
+        """GiB that reading a prompt takes at its peak beyond what the idle engine has, and the part of the cache that it fills."""
+        prompt = self.prompt(tokens - 64)
         gc.collect()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self.seconds([prompt], 1)
-        used = pool * len(prompt) / self.capacity()
-        return (torch.cuda.max_memory_allocated() - pool + used) / _GIB
+        before = torch.cuda.memory_allocated()
+        self.seconds([prompt], 1, 1)
+        peak = torch.cuda.max_memory_allocated() - before
+        return peak / _GIB, self._pool_bytes() * len(prompt) / self.capacity() / _GIB
+
+    def _pool_bytes(self) -> int:
+        return int(self.llm.collective_rpc(_cache_bytes)[0])
 
 
 def _cache_bytes(worker: Any) -> int:
@@ -159,30 +207,65 @@ def measure(job: Job) -> Iterator[Value]:
         RuntimeError: the engine did not do what a figure stands for.
     """
     engine = Engine(job)
-    load, quarter = ENGINES[job.engine]
-    if load is not None:
-        engine.seconds([engine.prompt(load.prompt_tokens) for _ in range(4)], 16)
-        name = f"throughput {load.prompt_tokens} in, {load.new_tokens} out, {load.concurrent} concurrent"
-        yield _value(name + (", a quarter of the memory" if quarter else ""), engine.throughput(load), "tokens/s")
-        return
+    try:
+        engine.seconds([engine.prompt(2048) for _ in range(4)], 16, 4)
+        for name in job.measures:
+            yield from _MEASURES[name](engine)
+    finally:
+        engine.close()
+
+
+def _start(engine: Engine) -> Iterator[Value]:
     yield _value("capacity", engine.capacity(), "tokens")
     if engine.graph_gib is None:
         raise RuntimeError(
             "vLLM's log has no line 'Graph capturing finished': no graphs, or the log's level is above INFO"
         )
     yield _value("graph pool", engine.graph_gib, "GiB")
-    engine.throughput(BURST)
-    yield _value(f"{BURST.prompts} sequences x {BURST.new_tokens} new tokens", engine.throughput(BURST), "tokens/s")
+
+
+def _burst(engine: Engine) -> Iterator[Value]:
+    speeds = [engine.throughput(BURST) for _ in range(4)][1:]
+    yield _value(f"{BURST.prompts} sequences x {BURST.new_tokens} new tokens", statistics.median(speeds), "tokens/s")
+
+
+def _first_token(engine: Engine) -> Iterator[Value]:
     yield _value(f"first token, {FRESH_TOKENS} new", engine.first_token(0, FRESH_TOKENS), "ms")
-    yield _value(
-        f"first token, {ADDED_TOKENS} new after {CACHED_TOKENS} cached",
-        engine.first_token(CACHED_TOKENS, ADDED_TOKENS),
-        "ms",
-    )
-    for batch, tokens in STEPS:
+    what = f"first token, {ADDED_TOKENS} new after {CACHED_TOKENS} cached"
+    yield _value(what, engine.first_token(CACHED_TOKENS, ADDED_TOKENS), "ms")
+
+
+def _memory(engine: Engine) -> Iterator[Value]:
+    for tokens in LENGTHS:
+        peak, filled = engine.memory_of_a_prompt(tokens)
+        yield _value(f"memory of a prompt of {tokens}, cache included", peak + filled, "GiB")
+        yield _value(f"memory of a prompt of {tokens} beside the cache", peak, "GiB")
+
+
+def _step(batch: int, tokens: int) -> Callable[[Engine], Iterator[Value]]:
+    def measured(engine: Engine) -> Iterator[Value]:
         yield _value(f"decode step {batch} x {tokens}", engine.step(batch, tokens), "ms")
-    yield _value(f"peak memory of a prompt of {LONGEST}", engine.longest_prompt(), "GiB")
+
+    return measured
+
+
+def _throughput(load: Load) -> Callable[[Engine], Iterator[Value]]:
+    def measured(engine: Engine) -> Iterator[Value]:
+        load_now = replace(load, prompts=engine.job.prompts)
+        yield _value(load_now.name, engine.throughput(load_now), "tokens/s")
+
+    return measured
 
 
 def _value(what: str, value: float, unit: str) -> Value:
     return {"what": what, "value": value, "unit": unit}
+
+
+_MEASURES: dict[str, Callable[[Engine], Iterator[Value]]] = {
+    "start": _start,
+    "burst": _burst,
+    "first-token": _first_token,
+    **{f"step-{batch}x{tokens}": _step(batch, tokens) for batch, tokens in STEPS},
+    "memory": _memory,
+    **{name: _throughput(load) for name, load in LOADS.items()},
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,57 +36,59 @@ class Load:
     Attributes:
         prompts: how many.
         prompt_tokens, new_tokens: of each.
-        concurrent: sequences at once.
+        concurrent: sequences at once: where one ends, the next is asked for.
+        quarter: whether only a quarter of the memory is there that the 16-bit cache of the concurrent sequences needs.
     """
 
     prompts: int
     prompt_tokens: int
     new_tokens: int
     concurrent: int
+    quarter: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        text = f"{self.prompts} prompts, {self.prompt_tokens} in, {self.new_tokens} out, {self.concurrent} concurrent"
+        return text + (", a quarter of the memory" if self.quarter else "")
 
     def quarter_bytes(self, model: str) -> int:
         """A quarter of the 16-bit cache that the concurrent sequences fill at their full lengths."""
         return self.concurrent * (self.prompt_tokens + self.new_tokens) * bf16_bytes_per_token(model) // 4
 
 
-LONG_PROMPTS = Load(512, 3000, 500, 64)
-LONG_ANSWERS = Load(512, 1000, 2000, 128)
+LOADS = {
+    "throughput": Load(512, 3000, 500, 64),
+    "quarter-long-prompts": Load(512, 3000, 500, 64, quarter=True),
+    "quarter-long-answers": Load(512, 1000, 2000, 128, quarter=True),
+}
 BURST = Load(8, 128, 128, 8)
 STEPS = ((8, 8192), (32, 16384), (8, 32768))
-"""Sequences and tokens of each at which a decode step is timed."""
+"""Sequences and tokens of each at which a decode step is timed, the longer ones going on where the shorter ones were."""
 STEP_COUNT = 64
-FRESH_TOKENS, CACHED_TOKENS, ADDED_TOKENS, LONGEST = 8192, 32768, 2048, 131072
+FRESH_TOKENS, CACHED_TOKENS, ADDED_TOKENS = 8192, 32768, 2048
+LENGTHS = (16384, 131072)
+"""Prompts whose memory is measured."""
 TTFT_REPEATS = 5
-
-ENGINES: dict[str, tuple[Load | None, bool]] = {
-    "latency": (None, False),
-    "throughput": (LONG_PROMPTS, False),
-    "quarter-long-prompts": (LONG_PROMPTS, True),
-    "quarter-long-answers": (LONG_ANSWERS, True),
-}
-"""Engines by name: their load (None: capacity, steps, times to the first token, memory) and whether memory is a quarter."""
+MEASURES = ("start", "burst", "first-token", *(f"step-{batch}x{tokens}" for batch, tokens in STEPS), "memory", *LOADS)
+"""What can be measured, in order; `start` is the cache's capacity and the graphs' memory."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine's life, in a process of its own."""
+    """An engine: its model, its cache dtype, what is measured with it, and how many prompts a throughput is measured with."""
 
-    engine: str
     model: str
     cache_dtype: str
+    measures: tuple[str, ...] = MEASURES
+    prompts: int = 512
 
     def options(self) -> dict[str, Any]:
         """Arguments of vllm.LLM beside the model; everything else is vLLM's default, the compilation level too."""
-        load, quarter = ENGINES[self.engine]
-        options: dict[str, Any] = {
+        return {
             "kv_cache_dtype": self.cache_dtype, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
-            "gpu_memory_utilization": 0.9, "seed": 0, "enable_prefix_caching": load is None, "max_model_len": LONGEST,
+            "gpu_memory_utilization": 0.9, "seed": 0, "max_model_len": max(LENGTHS),
         }  # fmt: skip
-        if load is not None:
-            options |= {"max_num_seqs": load.concurrent, "max_model_len": load.prompt_tokens + load.new_tokens + 64}
-        if load is not None and quarter:
-            options["kv_cache_memory_bytes"] = load.quarter_bytes(self.model)
-        return options
 
 
 def bf16_bytes_per_token(model: str) -> int:
@@ -95,41 +97,57 @@ def bf16_bytes_per_token(model: str) -> int:
     return int(2 * 2 * config["num_key_value_heads"] * HEAD_DIM * config["num_hidden_layers"])
 
 
-def jobs(engines: Sequence[str], models: Sequence[str], cache_dtypes: Sequence[str], rounds: int) -> list[Job]:
-    """All engines in order: cache dtypes alternate, and every other round runs backwards, so that drift hits all alike.
+def jobs(
+    models: Sequence[str],
+    cache_dtypes: Sequence[str],
+    measures: Sequence[str] = MEASURES,
+    without: Mapping[str, Sequence[str]] = {},
+    rounds: int = 1,
+    prompts: int = 512,
+) -> list[list[Job]]:
+    """The engines of every process, one process per model and round; every other round runs backwards, so that drift hits all
+    cache dtypes alike.
+
+    Args:
+        models, cache_dtypes, measures: names.
+        without: measures that are left out, by cache dtype.
+        rounds: how often.
+        prompts: of every throughput.
 
     Raises:
         ValueError: a name is unknown, or rounds is below 1.
     """
+    left_out = [name for names in without.values() for name in names]
     for what, names, known in (
-        ("engine", engines, ENGINES),
         ("model", models, MODELS),
-        ("cache dtype", cache_dtypes, CACHE_DTYPES),
+        ("cache dtype", (*cache_dtypes, *without), CACHE_DTYPES),
+        ("measure", (*measures, *left_out), MEASURES),
     ):
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    return [
-        Job(engine, model, cache_dtype)
-        for number in range(rounds)
-        for model in models
-        for engine in engines
-        for cache_dtype in (cache_dtypes if number % 2 == 0 else tuple(reversed(cache_dtypes)))
-    ]
+
+    def job(model: str, cache_dtype: str) -> Job:
+        kept = (name for name in MEASURES if name in measures and name not in without.get(cache_dtype, ()))
+        return Job(model, cache_dtype, tuple(kept), prompts)
+
+    orders = [cache_dtypes, tuple(reversed(cache_dtypes))]
+    return [[job(model, name) for name in orders[number % 2]] for number in range(rounds) for model in models]
 
 
-def rows_of(values: Iterable[tuple[Job, dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows_of(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per figure, model and cache dtype: the median of its runs, and it over the baselines' (None where these are missing).
 
     Args:
-        values: of every run: the job and `what`, `value`, `unit`.
+        values: of every run: `model`, `kv_cache_dtype`, `what`, `value`, `unit`.
     """
     runs: dict[tuple[str, str, str], list[float]] = {}
     units: dict[str, str] = {}
-    for job, value in values:
-        runs.setdefault((value["what"], job.model, job.cache_dtype), []).append(float(value["value"]))
+    for value in values:
+        key = value["what"], value["model"], value["kv_cache_dtype"]
+        runs.setdefault(key, []).append(float(value["value"]))
         units[value["what"]] = value["unit"]
     medians = {key: statistics.median(found) for key, found in runs.items()}
     rows = []
