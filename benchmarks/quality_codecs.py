@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from quality_rows import Subject
 
 Entry = Callable[["Subject"], Codec]
-MAIN = ("16bit", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "fp8", "vllm-4bit_nc", "vllm-3bit_nc", "kvarn-k4v2")
+MAIN = (
+    *("16bit", "k8v4", "k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "fp8", "kivi4", "kivi2", "kvarn-k4v2", "quarot-int4"),
+    *("vllm-k8v4", "vllm-4bit_nc", "vllm-k3v4_nc", "vllm-3bit_nc"),
+)
 """Measured on all questions."""
 
 

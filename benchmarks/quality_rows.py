@@ -29,7 +29,7 @@ REPAIRED_ENTRIES = ("k4v4", "k3v3")
 RETRIEVAL = ("hard-8k", "multikey-8k")
 BY_LENGTH = ("multikey-1k", "multikey-4k", "needle-4k", "needle-8k", "hops-4k", "hops-8k", "hard-4k")
 LENGTH_ENTRIES = ("k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "vllm-4bit_nc", "vllm-3bit_nc", "kivi2")
-EASY = (*MAIN, "k2v2", "tq3.5", "tq2.5", "qjl3", "vllm-k3v4_nc", "kivi2", "kivi4", "pr38280", "quarot-int4")
+EASY = (*MAIN, "k2v2", "tq3.5", "tq2.5", "qjl3", "pr38280")
 """Measured on the easier retrieval setting too."""
 CASE_FORMATS = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2", "k8v4", "k4v4-o16", "k4v4-o32")
 """Measured on every case, beside all baselines and fixes."""

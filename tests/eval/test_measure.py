@@ -200,3 +200,6 @@ def test_too_few_questions_prove_nothing() -> None:
     assert goal.reached is None and "too few" in goal.found
     enough = next(goal for goal in check([row | {"questions": 2048}]) if goal.text.startswith("hard-8k with k4v4"))
     assert enough.reached
+    low = [row | {"bits_at_8k": 2.8}, row | {"bits_at_8k": 2.9, "name": "k3v2", "questions": 2048, "difference": -0.03}]
+    best = next(goal for goal in check(low) if "at most 2.9 bits" in goal.text)
+    assert "(k3v2, 2.90 bits)" in best.text and best.found == "-3.00 points, n = 2,048" and best.reached

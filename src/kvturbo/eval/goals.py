@@ -104,9 +104,9 @@ def _low(rows: Sequence[Row]) -> Iterator[Goal]:
         row for row in rows
         if row["section"] == "retrieval" and row["setting"] == "hard-8k" and row["bits_at_8k"] <= MOST_BITS
     ]  # fmt: skip
-    best = max(small, key=lambda row: row["difference"], default=None)
+    best = max(small, key=lambda row: (row["questions"] >= ENOUGH_QUESTIONS, row["difference"]), default=None)
     name = "" if best is None else f" ({best['name']}, {best['bits_at_8k']:.2f} bits)"
-    yield _points(f"hard-8k with the best setting of at most {MOST_BITS} bits, windows counted{name}", best, 5.0, 0)
+    yield _points(f"hard-8k with the best setting of at most {MOST_BITS} bits, windows counted{name}", best, 5.0)
 
 
 def _reported(rows: Sequence[Row]) -> Iterator[Goal]:
@@ -134,11 +134,11 @@ def _ratio(text: str, row: Row | None, other: Row | None, most: float) -> Goal:
     return Goal(text, f"<= {most}", f"{found:.3f}", found <= most)
 
 
-def _points(text: str, row: Row | None, points: float, questions: int = ENOUGH_QUESTIONS) -> Goal:
+def _points(text: str, row: Row | None, points: float) -> Goal:
     target = f">= {-points:+.0f} points"
     if row is None:
         return Goal(text, target, "-", None)
     found = f"{100 * row['difference']:+.2f} points, n = {row['questions']:,}"
-    if row["questions"] < questions:
+    if row["questions"] < ENOUGH_QUESTIONS:
         return Goal(text, target, f"{found} (too few)", None)
     return Goal(text, target, found, 100 * row["difference"] >= -points)
