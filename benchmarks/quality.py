@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a chunk after the prefix")
     parser.add_argument("--questions", type=int, default=2048, help="retrieval questions of the main formats")
     parser.add_argument("--few", type=int, default=512, help="retrieval questions of the others")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a forward pass")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a forward pass")
     parser.add_argument("--calibration", type=int, default=4096, help="tokens at the text's end kept for calibration")
     parser.add_argument(
         "--qk-norm", type=Path, metavar="FOLDER", help="a model of models/train_qk_norm.py, as one more case"
