@@ -21,12 +21,14 @@ CONTEXT = 32768
 VOCABULARY = 4096
 LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CLOSE = 0.05
-"""Logits that the backends' roundings may move apart."""
+"""What logits of the first tokens may differ by."""
+NEAR = 0.01
+"""Mean KL divergence of later tokens, in nats. A rounding in one token's vectors moves codes of the next ones: within ten tokens an
+error of 1e-4 in attention becomes one of the size of the quantisation itself."""
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_the_embedded_model_writes_the_same_text_on_every_backend(backend: str, record_property: Any) -> None:
-    """Logits agree token by token; texts part only where the reference finds two tokens about equally likely."""
+def test_the_embedded_model_goes_on_the_same_way_on_every_backend(backend: str, record_property: Any) -> None:
     if embedded_folder() is None:
         pytest.skip("the embedded model is not here")
     model = load_model(device="cuda", dtype="float32").model
@@ -40,17 +42,17 @@ def test_the_embedded_model_writes_the_same_text_on_every_backend(backend: str, 
         assert past.packed_tokens == 2 * model.config.num_hidden_layers * (700 + 47)
         texts.append(got.sequences[:, 700:])
         logits.append(torch.stack(got.scores, 1).float())  # [2, 48, vocabulary]
-    furthest = 0.0
+    assert torch.equal(texts[0][:, :3], texts[1][:, :3])
+    first = float((logits[0] - logits[1])[:, :4].abs().max())
+    divergence = 0.0
     for row in range(2):
         same = int((texts[0][row] == texts[1][row]).long().cumprod(0).sum())
-        furthest = max(furthest, float((logits[0] - logits[1])[row, : same + 1].abs().max()))
-        if same < 48:
-            one, other = (logits[0][row, same, text[row, same]] for text in texts)
-            assert one - other <= 2 * CLOSE, (
-                f"row {row} parts at token {same}, where the other token is {one - other} less"
-            )
-    record_property("largest_difference_of_logits", furthest)
-    assert furthest <= CLOSE
+        p, q = (x[row, : same + 1].log_softmax(-1) for x in logits)
+        divergence = max(divergence, float((p.exp() * (p - q)).sum(-1).mean()))
+    record_property("first_logits", first)
+    record_property("mean_divergence", divergence)
+    assert first <= CLOSE
+    assert divergence <= NEAR
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +70,17 @@ def llama() -> Any:
     return model
 
 
+def bytes_asked_for(which: str) -> int:
+    """Bytes of the tensors alive now ("current") or of the most since `in_use` ("peak"), without the allocator's rounding."""
+    torch.cuda.synchronize()
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
+
+
 def in_use() -> int:
     """Bytes in use now; from here on the peak is counted."""
     gc.collect()
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak() -> int:
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return bytes_asked_for("current")
 
 
 def prefill(model: Any, tokens: Tensor) -> tuple[TurboCache, int, int]:
@@ -88,9 +90,9 @@ def prefill(model: Any, tokens: Tensor) -> tuple[TurboCache, int, int]:
     with torch.no_grad():
         for chunk in tokens.split(CHUNK, 1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
-    most = peak() - before - cache.nbytes()
+    most = bytes_asked_for("peak")
     gc.collect()
-    return cache, most, torch.cuda.memory_allocated() - before - cache.nbytes()
+    return cache, most - before - cache.nbytes(), bytes_asked_for("current") - before - cache.nbytes()
 
 
 def test_peak_memory_is_the_pages_and_a_bounded_workspace(llama: Any, record_property: Any) -> None:
@@ -105,7 +107,7 @@ def test_peak_memory_is_the_pages_and_a_bounded_workspace(llama: Any, record_pro
     out = llama.generate(
         torch.cat((tokens, tokens[:, :1]), 1), past_key_values=cache, max_new_tokens=8, do_sample=False
     )
-    decoding = peak() - before
+    decoding = bytes_asked_for("peak") - before
     for name, value in (
         ("prefill", workspace),
         ("half_prefill", workspace_of_half),

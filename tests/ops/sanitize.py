@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,25 +180,34 @@ class Checks:
             if self.backend == "triton":
                 on_device["schedule"] = schedule.plan(seq_lens, **lens)
             else:
-                plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out)
-                on_device["schedule"] = for_few_ctas(plan, case, seq_lens, lens, ctas, draws)
+                with few_ctas(ctas):
+                    plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out)
+                assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
+                plan.workspace.fill_(math.nan)
+                plan.update(seq_lens, **lens)
+                big, _, total = plan.plan[:3].tolist()
+                assert (total > plan.ctas * big) or not draws, "no chunk is drawn by ticket"
+                on_device["schedule"] = plan
         return decode(
             q, pages, batch.block_table.to(device), seq_lens, scale=SCALE, out=out, backend=self.backend,
             **on_device, **batch.format_options(device),
         )  # fmt: skip
 
 
-def for_few_ctas(
-    plan: cuda_decode.Schedule, case: Case, seq_lens: Tensor, lens: dict[str, Any], ctas: int, draws: bool
-) -> cuda_decode.Schedule:
-    """A schedule with its plan for few CTAs: an instrumented launch is slow, and tasks are cut into pieces all the same."""
-    assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
-    plan.ctas = min(plan.ctas, ctas)
-    plan.workspace.fill_(math.nan)
-    plan.update(seq_lens, **lens)
-    big, _, total = plan.plan[:3].tolist()
-    assert (total > plan.ctas * big) or not draws, "no chunk is drawn by ticket"
-    return plan
+@contextmanager
+def few_ctas(count: int) -> Iterator[None]:
+    """Schedules of the cuda backend that are made meanwhile are for at most `count` CTAs: an instrumented launch is slow."""
+    kernels = cuda_decode._kernels
+
+    def fewer(*args: Any) -> tuple[Any, ...]:
+        *loaded, ctas = kernels(*args)
+        return *loaded, min(ctas, count)
+
+    cuda_decode._kernels = fewer
+    try:
+        yield
+    finally:
+        cuda_decode._kernels = kernels
 
 
 def lengths_of(case: Case) -> list[int]:
