@@ -78,7 +78,7 @@ def main() -> int:
         )
         check_plugin()
         path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
-        values = earlier_values(path, commit) if given.add else []
+        values = earlier_values(path, torch.cuda.get_device_name()) if given.add else []
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -110,19 +110,17 @@ def measure_all(
     return failed
 
 
-def earlier_values(path: Path, commit: str) -> list[dict[str, Any]]:
-    """The figures in a file of results.
+def earlier_values(path: Path, gpu: str) -> list[dict[str, Any]]:
+    """The figures in a file of results; each says its commit.
 
     Raises:
-        ValueError: they are of another commit.
+        ValueError: they are of another GPU.
     """
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    if found["commit"] != commit:
-        raise ValueError(
-            f"{path} is of commit {found['commit']}, this is {commit}: measure all of it again, without --add"
-        )
+    if found["gpu"] != gpu:
+        raise ValueError(f"{path} is of {found['gpu']}, this is {gpu}: leave --add out")
     return list(found["values"])
 
 

@@ -165,13 +165,13 @@ def test_figures_are_written_as_they_come_and_a_failure_leaves_the_other_engines
     assert lines[1]["error"] == "RuntimeError: broken"
 
 
-def test_figures_of_another_commit_are_not_added_to(tmp_path: Path) -> None:
+def test_figures_of_another_gpu_are_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "vllm.json"
-    assert _script().earlier_values(path, "abc") == []
-    path.write_text(json.dumps({"commit": "abc", "values": [{"what": "capacity"}]}))
-    assert _script().earlier_values(path, "abc") == [{"what": "capacity"}]
-    with pytest.raises(ValueError, match="is of commit abc, this is def"):
-        _script().earlier_values(path, "def")
+    assert _script().earlier_values(path, "NVIDIA H200") == []
+    path.write_text(json.dumps({"gpu": "NVIDIA H200", "values": [{"what": "capacity"}]}))
+    assert _script().earlier_values(path, "NVIDIA H200") == [{"what": "capacity"}]
+    with pytest.raises(ValueError, match="is of NVIDIA H200, this is NVIDIA H100"):
+        _script().earlier_values(path, "NVIDIA H100")
 
 
 def test_graph_sizes_are_read_from_the_log_whatever_its_handlers_are() -> None:

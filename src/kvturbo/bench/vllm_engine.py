@@ -78,6 +78,7 @@ class Engine:
         """Ends the engine, so that another can have the GPU's memory."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        self.llm.collective_rpc(_drop_weights)
         self.core.engine_core.shutdown()
         del self.llm, self.core
         gc.collect()
@@ -190,6 +191,12 @@ class Engine:
 
     def _pool_bytes(self) -> int:
         return int(self.llm.collective_rpc(_cache_bytes)[0])
+
+
+def _drop_weights(worker: Any) -> None:
+    """Frees the weights' memory: compiled code refers to them for as long as the process lives."""
+    for weight in worker.model_runner.get_model().parameters():
+        weight.untyped_storage().resize_(0)
 
 
 def _cache_bytes(worker: Any) -> int:
