@@ -13,9 +13,15 @@ from kvturbo import ops
 from kvturbo.config import PAGE_SIZE, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.ops import backends
+from kvturbo.ops.sharing import SharedSchedules
 from kvturbo.pool import PagePool
 from kvturbo.quantizer import check_channels
 from kvturbo.storage import read_file, write_file
+
+MOST_BATCHES = 64
+"""Batches of a step whose tables are kept for the next layer."""
+Batch = tuple[Tensor, Tensor, Tensor | None]
+"""Block table, lengths and q_lens of sequences that are decoded together."""
 
 
 class PagedKVCache:
@@ -62,6 +68,8 @@ class PagedKVCache:
         self.outlier_channels = self._checked_channels(outlier_channels)
         self.pool = PagePool(num_pages, page_size)
         self.pages = [self._new_pages(num_pages) for _ in range(num_layers)]
+        self._schedules = SharedSchedules()
+        self._batches: dict[tuple[int, tuple[int, ...], tuple[int, ...] | None], Batch] = {}
 
     @property
     def page_size(self) -> int:
@@ -174,9 +182,12 @@ class PagedKVCache:
         q_lens: Sequence[int] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of the last stored tokens over a layer's pages: out and lse; see `kvturbo.ops.decode` for the options."""
-        counts = None if q_lens is None else torch.tensor(q_lens, dtype=torch.int32, device=self.device)
-        table, lens = self.block_table(sequences), self.seq_lens(sequences)
+        """Attention of the last stored tokens over a layer's pages: out and lse; see `kvturbo.ops.decode` for the options.
+
+        The layers of a step share block table, lengths and schedule.
+        """
+        table, lens, counts = self._batch(sequences, q_lens)
+        options = {"schedule": self._schedules} | options
         return ops.decode(
             q, self._pages_of(layer), table, lens, scale=scale, q_lens=counts, **options, **self._options(layer)
         )
@@ -300,6 +311,25 @@ class PagedKVCache:
         return cls.from_state(
             *read_file(Path(path), "PagedKVCache"), num_pages=num_pages, device=device, backend=backend
         )
+
+    def _batch(self, sequences: Sequence[int], q_lens: Sequence[int] | None) -> Batch:
+        """The tensors of a decode, the same ones until a table or a length changes."""
+        key = self.pool.changes, tuple(sequences), None if q_lens is None else tuple(q_lens)
+        if not self._recording() and key in self._batches:
+            return self._batches[key]
+        counts = None if q_lens is None else torch.tensor(q_lens, dtype=torch.int32, device=self.device)
+        batch = self.block_table(sequences), self.seq_lens(sequences), counts
+        if not self._recording():
+            stale = next(iter(self._batches), key)[0] != key[0]
+            if stale or len(self._batches) >= MOST_BATCHES:
+                self._batches.clear()
+            self._batches[key] = batch
+        return batch
+
+    def _recording(self) -> bool:
+        """Whether what is done now will be done again later, with tensors that must not be the present step's."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return capturing or torch.compiler.is_compiling()
 
     def _pages_of(self, layer: int) -> Tensor:
         if not 0 <= layer < self.num_layers:

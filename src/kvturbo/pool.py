@@ -30,6 +30,8 @@ class PagePool:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages, self.page_size = num_pages, page_size
         self.tables: dict[int, list[int]] = {}
+        self.changes = 0
+        """Grows whenever a table or a length that was there changes."""
         self._lengths: dict[int, int] = {}
         self._users = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
@@ -81,6 +83,7 @@ class PagePool:
             raise OutOfPagesError(needed, self.num_free, self.num_pages)
         slots: list[int] = []
         copies: list[tuple[int, int]] = []
+        self.changes += 1
         for sequence, count in zip(sequences, counts, strict=True):
             slots += self._extend(sequence, count, copies)
         return slots, copies
@@ -89,6 +92,7 @@ class PagePool:
         """Drops the tokens from `length` on."""
         if not 0 <= length <= self.length(sequence):
             raise ValueError(f"length must be from 0 to {self.length(sequence)}, got {length}")
+        self.changes += 1
         table = self.tables[sequence]
         keep = -(-length // self.page_size)
         self._release(table[keep:])
@@ -106,6 +110,7 @@ class PagePool:
 
     def free(self, sequence: int) -> None:
         """Forgets a sequence."""
+        self.changes += 1
         self._release(self.table(sequence))
         del self.tables[sequence], self._lengths[sequence]
 

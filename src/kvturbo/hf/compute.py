@@ -157,9 +157,10 @@ class _Rows:
     def decode(self, group: Group, layer: int) -> Tensor:
         """Over the pages, the new tokens included."""
         step = self.step
+        single = self.shape[2] == 1 and step.flat is None
         return ops.decode(
-            self.q, group.pages.pages[layer], step.table, step.lens,
-            q_lens=step.q_lens, **self.scoring.options, **_page_options(group, layer),
+            self.q, group.pages.pages[layer], step.table, step.lens, q_lens=None if single else step.q_lens,
+            schedule=group.schedules, **self.scoring.options, **_page_options(group, layer),
         )[0]  # fmt: skip
 
     def prefix(self, group: Group, layer: int) -> tuple[Tensor, Tensor]:
@@ -188,10 +189,9 @@ class _Rows:
 
     def _over_pages(self, group: Group, layer: int) -> tuple[Tensor, Tensor]:
         """Every token over the pages that were there before, as a sequence of its own: there is no order among them."""
-        step = self.step
-        rows = torch.repeat_interleave(step.q_lens, output_size=len(self.q))
+        table, lens = self.step.by_token()
         return ops.decode(
-            self.q, group.pages.pages[layer], step.table[rows], step.lens_before[rows],
+            self.q, group.pages.pages[layer], table, lens, schedule=group.schedules,
             **replace(self.scoring, sinks=None).options, **_page_options(group, layer),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from kvturbo.cache import PagedKVCache
 from kvturbo.hf.geometry import PackedSpec
 from kvturbo.hf.rows import NewColumns
 from kvturbo.hf.windows import Fill, WindowPlan, WindowTensors, plan_moves
+from kvturbo.ops.sharing import SharedSchedules
 from kvturbo.pool import OutOfPagesError
 
 GROWTH = 1.125
@@ -34,6 +35,7 @@ class Step:
         lens_before, lens: [batch] int32, packed tokens before and after.
         q_lens: [batch] int32, tokens among the new columns.
         near: see `Group.near_mask`; None until asked for.
+        each: see `by_token`; None until asked for.
     """
 
     new: NewColumns
@@ -49,12 +51,20 @@ class Step:
     lens: Tensor
     q_lens: Tensor
     near: Tensor | None = None
+    each: tuple[Tensor, Tensor] | None = None
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Block table and packed tokens before, with a row for every new token: each is a sequence of its own there."""
+        if self.each is None:
+            rows = torch.repeat_interleave(self.q_lens, output_size=sum(self.new.lengths))
+            self.each = self.table[rows], self.lens_before[rows]
+        return self.each
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything it holds on the device."""
         windows = [] if self.windows is None else [x for x in vars(self.windows).values() if x is not None]
-        own = [self.slots, self.table, self.lens_before, self.lens, self.q_lens]
+        own = [self.slots, self.table, self.lens_before, self.lens, self.q_lens, *(self.each or ())]
         return own + [x for x in (self.flat, self.recent_slots, self.near) if x is not None] + windows
 
 
@@ -88,6 +98,7 @@ class Group:
         self.fill = Fill.empty(0)
         self.windows: list[WindowTensors | None] = [None] * len(self.layers)
         self.step: Step | None = None
+        self.schedules = SharedSchedules()
         self._table: tuple[list[tuple[int, int]], Tensor] | None = None
 
     @property
@@ -228,14 +239,16 @@ class Group:
     def reset(self) -> None:
         """Gives everything back."""
         self.paged, self.step, self._table = None, None, None
+        self.schedules = SharedSchedules()
         self.sequences, self.fill = [], Fill.empty(0)
         self.windows = [None] * len(self.layers)
 
     def nbytes(self) -> int:
-        """Bytes allocated: pages, windows, outlier channels and the step's index tensors."""
+        """Bytes allocated: pages, windows, outlier channels, the step's index tensors and schedules."""
         if self.paged is None:
             return 0
         tensors = [] if self.step is None else self.step.tensors
+        tensors += self.schedules.tensors
         tensors += [x for windows in self.windows if windows is not None for x in windows.tensors]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         return self.paged.nbytes() + sum(storages.values())
