@@ -3,7 +3,8 @@
     python benchmarks/decode.py                          # all cases; writes benchmarks/results/decode-<gpu>.json
     python benchmarks/decode.py --only shapes,ragged --seconds 200
 
-Baselines that are not installed are named and skipped. Each time is the median of CUDA-graph replays with a cold L2 cache.
+Baselines that are not installed are named and skipped. Each time is the median of CUDA-graph replays with a cold L2 cache;
+host_us is the host's time per eager call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from kvturbo.bench import report, running
-from kvturbo.bench.decode import CASES, Runner
+from kvturbo.bench.decode import CASES, Runner, eager_calls
 from kvturbo.bench.registry import PROVIDERS
 from kvturbo.bench.timing import copy_gb_per_s
 
@@ -48,6 +49,7 @@ def main() -> int:
     path = given.out or RESULTS / f"decode-{report.gpu_slug()}.json"
     facts: dict[str, Any] = {"copy_gb_per_s": copy_gb_per_s()}
     runner, rows = Runner(providers), []
+    facts["host_us"] = runner.host_us(eager_calls)
 
     def done(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -58,6 +60,7 @@ def main() -> int:
     finally:
         report.write(path, rows, commit, **facts, skipped=runner.skipped, complete=len(rows) == len(cases))
     print(report.decode_table(rows, providers))
+    print("host us per eager call:", facts["host_us"])
     print(f"copy bandwidth {facts['copy_gb_per_s']:.0f} GB/s; wrote {path}{'' if complete else ' (time was up)'}")
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kvturbo.bench import report, running
-from kvturbo.bench.store import CASES, Runner, store_table
+from kvturbo.bench.store import CASES, Runner, eager_calls, store_table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,7 +39,7 @@ def main() -> int:
         return 2
     path = given.out or RESULTS / f"store-{report.gpu_slug()}.json"
     runner, rows = Runner(), list[dict[str, Any]]()
-    facts: dict[str, Any] = {"host_us": runner.host_us()}
+    facts: dict[str, Any] = {"host_us": runner.host_us(eager_calls)}
     try:
         complete = running.run(CASES, runner.row, given.seconds, rows.append)
     finally:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kvturbo import KVFormat
-from kvturbo.bench import report
+from kvturbo.bench import report, timing
 from kvturbo.bench import store as bench
 from kvturbo.bench.running import run
-from kvturbo.bench.store import CASES, Case, Inputs, Runner, host_us, store_table
+from kvturbo.bench.store import CASES, Case, Inputs, Runner, eager_calls, store_table
 
 SHAPE = {"what", "tokens", "format", "rotated", "kv_heads", "head_dim", "page_size"}
 KEYS = SHAPE | {"kvturbo_us", "kvturbo_triton_us", "vllm_us", "equal_vectors", "rel_err"}
@@ -149,18 +149,18 @@ def test_vllm_is_measured_once_per_number_of_tokens_and_must_store(
 def test_host_time_is_a_median_of_calls_that_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, waits, made = [0], [], []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(made)))
-    monkeypatch.setattr(bench.time, "perf_counter_ns", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: clock[0])
 
     def call() -> None:
         made.append(1)
         clock[0] += 900_000 if len(made) <= 40 else 7_500  # slow while it warms up, and a little after
 
-    assert host_us({"store": call}) == {"store": 7.5}
-    assert waits == [0, bench.HOST_CALLS + bench.HOST_WARMUP_CALLS]
+    assert timing.host_us({"store": call}) == {"store": 7.5}
+    assert waits == [0, timing.HOST_CALLS + timing.HOST_WARMUP_CALLS]
 
 
 def test_host_time_needs_the_cuda_backend(runner: Runner) -> None:
-    assert runner.host_us() is None and "NVIDIA GPU" in runner.skipped["host_us"][0]
+    assert runner.host_us(eager_calls, "cpu") is None and "NVIDIA GPU" in runner.skipped["host_us"][0]
 
 
 def test_results_are_written_with_facts_and_rows(runner: Runner, tmp_path: Path) -> None:

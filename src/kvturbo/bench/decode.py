@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvturbo.bench.registry import PROVIDERS, Case, MissingError
+from kvturbo.bench.registry import PROVIDERS, Call, Case, MissingError
 from kvturbo.bench.running import Skips
 from kvturbo.bench.timing import graph_us
 from kvturbo.config import SIDES, KVFormat
@@ -95,8 +95,8 @@ class Inputs:
         """The step's schedule for a backend and outputs of a dtype, or None where it has none to be made beforehand."""
         return SCHEDULES[backend](self, out_dtype) if backend in SCHEDULES else None
 
-    def decode(self, backend: str, out: Tensor, schedule: Any) -> tuple[Tensor, Tensor]:
-        """kvturbo's decode into `out`."""
+    def decode(self, backend: str, out: Tensor | None, schedule: Any) -> tuple[Tensor, Tensor]:
+        """kvturbo's decode into `out` (None: into new memory)."""
         return decode(
             self.q, self.pages, self.table, self.seq_lens, fmt=self.fmt, scale=self.scale, q_lens=self.q_lens,
             outlier_channels=self.channels, schedule=schedule, out=out, backend=backend,
@@ -139,6 +139,16 @@ def _cuda_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
 
 
 SCHEDULES: dict[str, Callable[[Inputs, torch.dtype], Any]] = {"triton": _triton_schedule, "cuda": _cuda_schedule}
+
+
+def eager_calls() -> dict[str, Call]:
+    """Calls of the cuda backend that give a GPU next to nothing to do, one query over 64 tokens; out is allocated by each."""
+    inputs = Inputs(Case(1, 64))
+    schedule = inputs.schedule("cuda")
+    return {
+        "decode": lambda: inputs.decode("cuda", None, None),
+        "decode_with_schedule": lambda: inputs.decode("cuda", None, schedule),
+    }
 
 
 class Runner(Skips):

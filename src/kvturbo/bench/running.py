@@ -8,6 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from kvturbo.bench.timing import host_us
+from kvturbo.config import KVFormat
+from kvturbo.ops import backends
+
 C = TypeVar("C")
 
 
@@ -42,6 +48,15 @@ class Skips:
         if reason not in reasons:
             reasons.append(reason)
             self.log(f"skipping {name}: {reason}")
+
+    def host_us(
+        self, calls: Callable[[], dict[str, Callable[[], Any]]], device: torch.device | str = "cuda"
+    ) -> dict[str, float] | None:
+        """See `timing.host_us`, of calls of the cuda backend; None where it does not run."""
+        reason = backends.unavailable("cuda", "decode", torch.device(device), KVFormat.from_name("k4v4", 128))
+        if reason:
+            self.skip("host_us", reason)
+        return None if reason else host_us(calls())
 
 
 def run(

@@ -1,9 +1,7 @@
-"""Store and gather of one layer: cases, inputs, a check against the reference, a row of results per case; host time per call."""
+"""Store and gather of one layer: cases, inputs, a check against the reference, a row of results per case."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kvturbo.bench import decode as bench_decode
-from kvturbo.bench import registry
 from kvturbo.bench.registry import Call, MissingError
 from kvturbo.bench.running import Skips
 from kvturbo.bench.timing import graph_us
@@ -32,7 +29,6 @@ MAX_ERROR = 1e-3
 MOST_SEQUENCES = 128
 POOL_PAGES = 512
 MILLISECONDS = 30
-HOST_CALLS, HOST_WARMUP_CALLS = 200, 20
 
 
 @dataclass(frozen=True)
@@ -256,40 +252,10 @@ class Runner(Skips):
             self.skip("vllm", f"{inputs.case.tokens} tokens: {type(error).__name__}: {error}"[:300])
         return None
 
-    def host_us(self) -> dict[str, float] | None:
-        """See `host_us`; None where the cuda backend does not run."""
-        reason = backends.unavailable("cuda", "decode", torch.device(self.device), KVFormat.from_name("k4v4", 128))
-        if reason:
-            self.skip("host_us", reason)
-            return None
-        return host_us(eager_calls())
-
 
 def eager_calls() -> dict[str, Call]:
-    """Calls of the cuda backend that give a GPU next to nothing to do: one token stored, one query over 64 tokens."""
-    inputs = Inputs(Case("store", 1))
-    attention = bench_decode.Inputs(registry.Case(1, 64))
-    out, schedule = torch.empty_like(attention.q), attention.schedule("cuda")
-    return {
-        "store": inputs.call("cuda"),
-        "decode": lambda: attention.decode("cuda", out, None),
-        "decode_with_schedule": lambda: attention.decode("cuda", out, schedule),
-    }
-
-
-def host_us(calls: dict[str, Call]) -> dict[str, float]:
-    """Host time of an eager call in microseconds, the median of `HOST_CALLS` that are not waited for."""
-    medians = {}
-    for name, call in calls.items():
-        times = []
-        torch.cuda.synchronize()
-        for _ in range(HOST_WARMUP_CALLS + HOST_CALLS):
-            start = time.perf_counter_ns()
-            call()
-            times.append(time.perf_counter_ns() - start)
-        torch.cuda.synchronize()
-        medians[name] = statistics.median(times[HOST_WARMUP_CALLS:]) / 1e3
-    return medians
+    """Calls of the cuda backend that give a GPU next to nothing to do: one token stored, and those of decode."""
+    return {"store": Inputs(Case("store", 1)).call("cuda")} | bench_decode.eager_calls()
 
 
 def store_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,9 @@
-"""Times of GPU work: the median of CUDA-graph replays with a cold L2 cache."""
+"""Times of GPU work: the median of CUDA-graph replays with a cold L2 cache. Times of the host: the median of eager calls."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 WARMUP_CALLS = 3
 COPY_BYTES = 1 << 32
+HOST_CALLS, HOST_WARMUP_CALLS = 200, 20
 
 
 def graph_us(call: Callable[[], Any], milliseconds: int = 50) -> float:
@@ -39,3 +42,18 @@ def copy_gb_per_s(nbytes: int = COPY_BYTES) -> float:
     target = torch.empty_like(source)
     milli = do_bench(lambda: target.copy_(source), warmup=10, rep=100, return_mode="median")
     return 2 * nbytes / float(milli) / 1e6
+
+
+def host_us(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Host time of an eager call in microseconds, the median of `HOST_CALLS` that are not waited for."""
+    medians = {}
+    for name, call in calls.items():
+        times = []
+        torch.cuda.synchronize()
+        for _ in range(HOST_WARMUP_CALLS + HOST_CALLS):
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+        torch.cuda.synchronize()
+        medians[name] = statistics.median(times[HOST_WARMUP_CALLS:]) / 1e3
+    return medians
