@@ -293,7 +293,8 @@ class Group:
         every[torch.tensor(sources, dtype=torch.int64, device=slots.device)] = slots
         every = every.view(new.batch, width)
         moved = any(chosen and chosen[0] < recent for chosen in packed)
-        return every[:, recent:].flatten(), every[:, :recent].flatten() if moved else None
+        new_slots, old_slots = every[:, recent:].contiguous(), every[:, :recent].contiguous()
+        return new_slots.flatten(), old_slots.flatten() if moved else None
 
     def _near_mask(self, step: Step) -> Tensor:
         sink, recent, count, batch = self.spec.sink, self.spec.recent, step.new.count, step.new.batch

@@ -166,6 +166,11 @@ def scratch_pages(
     return pages, channels
 
 
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Copies of those that are not contiguous: the kernels read lengths, slots, channels and sinks one after another."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, copied if its last axis is not contiguous; fp64 becomes fp32, in which the kernels compute."""
     x = x.float() if x.dtype == torch.float64 else x

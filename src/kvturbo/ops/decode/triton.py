@@ -446,6 +446,8 @@ def decode(
         lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.expand_as(lse))
         return lse.to(torch.promote_types(q.dtype, torch.float32))
     schedule = _planned(schedule, seq_lens, q_lens, seq_starts, window, num_queries)
+    seq_lens, seq_starts, sinks, outlier_channels = common.contiguous(seq_lens, seq_starts, sinks, outlier_channels)
+    block_table = common.rows_contiguous(block_table)
     call = _Call(q, pages, fmt, schedule)
     rotated = call.rotate(q, scale * (1.0 if soft_cap else LOG2E), outlier_channels)
     part, stats = call.attend(rotated, pages, block_table, seq_lens, seq_starts, window, soft_cap)

@@ -163,6 +163,7 @@ def gather(
     if stop == start or not block_table.shape[0]:
         return
     constants = common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2]))
+    outlier_channels, block_table = *common.contiguous(outlier_channels), common.rows_contiguous(block_table)
     targets = [x if _in_eights(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in out]
     strides = [stride // 8 for x in targets for stride in x.stride()[:3]]
     matrices, factors = [], []

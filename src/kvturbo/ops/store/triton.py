@@ -430,6 +430,7 @@ def store(
     if not tokens:
         return
     k, v = common.rows_contiguous(k), common.rows_contiguous(v)
+    slot_mapping, outlier_channels = common.contiguous(slot_mapping, outlier_channels)
     if triton.next_power_of_2(fmt.head_dim) == fmt.head_dim:
         rows, turns = 8, [common.device_signs(fmt.head_dim, fmt.seed, k.device)] * 2
     else:
