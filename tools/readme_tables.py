@@ -18,6 +18,7 @@ from typing import Any
 
 from kvturbo.bench import plots as bench_plots
 from kvturbo.bench import tables as bench_tables
+from kvturbo.bench import vllm_tables
 from kvturbo.cli import demo, info
 from kvturbo.eval import comparison
 from kvturbo.eval.report import markdown_table, not_measured
@@ -59,12 +60,15 @@ def of_file(file: str, tables: Mapping[str, Render]) -> Tables:
 
 
 DECODE, STORE, QUALITY = "decode-h200.json", "store-h200.json", "quality.json"
+SERVING, RETRIEVAL = "vllm-h200.json", "vllm-retrieval-h200.json"
 SCRIPTS = {
     "demo-cpu.json": "-m kvturbo demo",
     "formats.json": "-m kvturbo info --json",
     DECODE: bench_tables.DECODE_SCRIPT,
     STORE: bench_tables.STORE_SCRIPT,
     QUALITY: "benchmarks/quality.py",
+    SERVING: vllm_tables.SERVING_SCRIPT,
+    RETRIEVAL: vllm_tables.RETRIEVAL_SCRIPT,
 }
 """What makes each file of results."""
 DOCUMENTS: dict[str, Tables] = {
@@ -74,6 +78,7 @@ DOCUMENTS: dict[str, Tables] = {
         "formats": ("formats.json", formats_table),
     },
     "docs/quality.md": of_file(QUALITY, comparison.TABLES),
+    "docs/vllm.md": of_file(SERVING, vllm_tables.SERVING_TABLES) | of_file(RETRIEVAL, vllm_tables.RETRIEVAL_TABLES),
     "docs/performance.md": of_file(DECODE, bench_tables.DECODE_TABLES) | of_file(STORE, bench_tables.STORE_TABLES),
 }
 PLOTS: dict[str, Callable[[Report, Path], list[Path]]] = {QUALITY: comparison.plots, DECODE: bench_plots.plots}

@@ -1,0 +1,65 @@
+"""Tables of docs/vllm.md from reports with invented figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench_reports import FACTS
+from kvturbo.bench.vllm_retrieval import rows_of as retrieval_rows
+from kvturbo.bench.vllm_rows import rows_of
+from kvturbo.bench.vllm_tables import conditions, retrieval, serving
+
+
+def value(cache_dtype: str, what: str, number: float, unit: str) -> dict[str, Any]:
+    facts = {"model": "qwen2.5-7b", "kv_cache_dtype": cache_dtype, "commit": "0123456789ab"}
+    return facts | {"what": what, "value": number, "unit": unit}
+
+
+def report(*values: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    return FACTS | {"values": list(values), "rows": rows_of(values), "failed": []} | facts
+
+
+def test_more_tokens_and_less_time_are_better() -> None:
+    figures = {"auto": (1000, 6.0), "turboquant": (3880, 4.0), "kvturbo_k4v4-o16": (3400, 4.5), "fp8": (2000, 5.0)}
+    text = serving(
+        report(
+            *(value(name, "capacity", tokens, "tokens") for name, (tokens, _) in figures.items()),
+            *(value(name, "decode step", step, "ms") for name, (_, step) in figures.items()),
+        )
+    )
+    header, _, capacity, step = text.splitlines()
+    assert (
+        header == "| model | what | 16 bits | `fp8` | `turboquant` | `kvturbo_k4v4-o16` | over 16 bits | over `fp8` |"
+    )
+    assert capacity.endswith("| 1,000 tokens | 2,000 tokens | 3,880 tokens | 3,400 tokens | 3.88x | 1.94x |")
+    assert step.endswith("| 6.00 ms | 5.00 ms | 4.00 ms | 4.50 ms | 1.50x | 1.25x |")
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    text = serving(report(value("auto", "graph pool", 0.4, "GiB"), value("fp8", "capacity", 5, "tokens")))
+    assert "| graph pool | 0.40 GiB | - | - | - |" in text and "| capacity | - | 5 tokens | - | - |" in text
+
+
+def test_conditions_name_commits_runs_and_failures() -> None:
+    first, second = value("auto", "capacity", 4, "tokens"), value("auto", "capacity", 5, "tokens") | {"commit": "def"}
+    text = conditions(report(first))
+    assert "NVIDIA H200 (Xeon): vLLM 0.33.0 on torch 2.11.0" in text and "commit 0123456789ab. Single runs." in text
+    failure = {"model": "qwen2.5-7b", "kv_cache_dtype": "fp8", "error": "out of memory"}
+    text = conditions(report(first, second, failed=[failure]))
+    assert "commits 0123456789ab, def. Medians of up to 2 runs. `fp8` failed with qwen2.5-7b." in text
+
+
+def test_retrieval_is_paired_with_16_bits() -> None:
+    found = {("hard-4k", "auto"): [True, True, False, True], ("hard-4k", "turboquant"): [True, False, True, False]}
+    text = retrieval(FACTS | {"rows": retrieval_rows(found), "model": "kvturbo-12m", "chunk": 512})
+    assert "| hard-4k | 16 bits | 4 | 75.0 % | +0.0 | 0, 0 |" in text
+    assert "| hard-4k | `turboquant` | 4 | 50.0 % | -25.0 | 2, 1 |" in text and "chunks of 512 tokens" in text
+
+
+def test_nothing_measured_says_what_measures_it() -> None:
+    assert (
+        serving(report())
+        == conditions(report())
+        == "Not measured yet: `python benchmarks/vllm_serving.py` makes the rows."
+    )
+    assert retrieval(FACTS | {"rows": []}) == "Not measured yet: `python benchmarks/vllm_retrieval.py` makes the rows."
