@@ -252,7 +252,7 @@ class _Call:
         lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
         before = q.data_ptr(), at_pages, block_table.data_ptr(), *lens, pointer(sinks), pointer(outlier_channels)
         after = out.data_ptr(), lse.data_ptr()
-        if schedule is None or type(schedule) is SharedSchedules:
+        if schedule is None or isinstance(schedule, SharedSchedules):
             tensors = seq_lens, q_lens, seq_starts
             self._launch_planned(before, schedule, after, (tensors, lens), stream)
         else:
