@@ -47,6 +47,13 @@ MAMBA = _COMMON | {
     "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False,
 }  # fmt: skip
 
+GATED_DELTA = _COMMON | {
+    "architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid", "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 96, "linear_value_head_dim": 192,
+    "attention_bias": False,
+}  # fmt: skip
+
 LATENT = _COMMON | {
     "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2, "num_key_value_heads": 4,
     "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,13 @@ def two_bits() -> str:
     return close_losses(found, reference("losses"), 0.1)
 
 
-@check
-def sliding() -> str:
-    """Sliding-window and full layers, random weights: the model runs, and the full layers alone are packed."""
-    return beside_sixteen_bit(models.SLIDING)
+for name, model in {
+    "sliding": models.SLIDING,  # the full layers alone are packed
+    "soft_caps": models.SOFT_CAP,
+    "mamba": models.MAMBA,
+    "gated_delta": models.GATED_DELTA,
+}.items():
+    CHECKS[name] = partial(beside_sixteen_bit, model)
 
 
 @check
@@ -243,18 +247,6 @@ def head_dims() -> str:
     return "; ".join(
         f"{model['head_dim']}: {beside_sixteen_bit(model)}" for model in (models.HEAD_DIM_64, models.HEAD_DIM_256)
     )
-
-
-@check
-def soft_caps() -> str:
-    """Gemma 2: soft caps, and sliding-window layers beside full ones."""
-    return beside_sixteen_bit(models.SOFT_CAP)
-
-
-@check
-def mamba() -> str:
-    """Mamba and attention layers in one pool, random weights."""
-    return beside_sixteen_bit(models.MAMBA)
 
 
 @check

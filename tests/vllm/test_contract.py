@@ -103,8 +103,9 @@ def test_a_token_of_qwen_7b_takes_its_bytes_and_nothing_else() -> None:
         (models.DENSE, {"kv_cache_dtype_skip_layers": ["0", "5"]}),
         (models.SLIDING, {}),
         (models.MAMBA, {}),
+        (models.GATED_DELTA, {}),
     ],
-    ids=["dense", "block 64", "block 128", "skip layers", "sliding", "Mamba"],
+    ids=["dense", "block 64", "block 128", "skip layers", "sliding", "Mamba", "gated delta"],
 )
 def test_layers_get_whole_aligned_pages(
     model: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -226,12 +227,17 @@ def _flash_backend() -> type:
     return backend
 
 
-def test_mamba_layers_share_the_pool_and_attention_is_packed() -> None:
-    plan = planned(models.MAMBA)
-    assert len(packed_layers(plan)) == 2 and len(plan.specs) == 4
+@pytest.mark.parametrize("cache_dtype", ["turboquant", "kvturbo_k2v2", "kvturbo_k4v4-o16"])
+@pytest.mark.parametrize("model, packed", [(models.MAMBA, 2), (models.GATED_DELTA, 1)], ids=["Mamba", "gated delta"])
+def test_layers_with_states_share_the_pool_and_attention_is_packed(
+    model: dict[str, Any], packed: int, cache_dtype: str
+) -> None:
+    plan = planned(model, cache_dtype)
+    assert len(packed_layers(plan)) == packed and len(plan.specs) == 4
     for name in packed_layers(plan):
         spec = plan.specs[name]
-        assert spec.page_size_padded is None and spec.page_size_bytes == spec.block_size * 2 * 132
+        size = format_of(cache_dtype, 128).bytes_per_token
+        assert spec.page_size_padded is None and spec.page_size_bytes == spec.block_size * 2 * size
 
 
 @pytest.mark.parametrize(
@@ -358,6 +364,7 @@ def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_
     from types import SimpleNamespace
 
     from kvturbo.vllm.metadata import _prompt_rows
+    from kvturbo.vllm.pieces import Part
 
     starts = torch.tensor([0, 514, 614], dtype=torch.int32)  # 513 and 99 tokens, and the sampled one of each
     common = SimpleNamespace(
@@ -365,7 +372,7 @@ def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_
         seq_lens_cpu_upper_bound=torch.tensor([1025, 99]),
     )  # fmt: skip
     rows = _prompt_rows(common, 0, 0, torch.device("cpu"), 1)  # type: ignore[arg-type]
-    assert [(piece.sequence, piece.start, piece.stop) for piece in rows.pieces] == [(0, 0, 512)]
+    assert [part for piece in rows.pieces for part in piece.parts] == [Part(0, 0, 512)]
 
 
 def test_the_line_at_the_start_names_what_is_packed() -> None:
