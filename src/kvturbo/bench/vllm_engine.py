@@ -21,6 +21,9 @@ from kvturbo.bench.vllm_rows import (
     ADDED_TOKENS,
     BURST,
     CACHED_TOKENS,
+    CHAT_ADDED,
+    CHAT_TOKENS,
+    CHATS,
     FRESH_TOKENS,
     LENGTHS,
     LOADS,
@@ -163,14 +166,14 @@ class Engine:
                 counts[output.request_id] = len(output.outputs[0].token_ids)
         return time.perf_counter() - start, sum(counts.values()) - before
 
-    def first_token(self, cached: int, added: int) -> float:
-        """Milliseconds to the first token of a prompt whose first tokens are cached."""
+    def first_tokens(self, count: int, cached: int, added: int) -> float:
+        """Milliseconds until some prompts, asked for at once, all have their first new token; their first `cached` ones are cached."""
         times = []
-        prefix = self.prompt(cached)
+        prefixes = [self.prompt(cached) for _ in range(count)]
         if cached:
-            self.seconds([prefix], 1, 1)
+            self.seconds(prefixes, 1, count)
         for _ in range(TTFT_REPEATS + 1):
-            times.append(self.seconds([prefix + self.prompt(added)], 1, 1))
+            times.append(self.seconds([prefix + self.prompt(added) for prefix in prefixes], 1, count))
         return statistics.median(times[1:]) * 1e3
 
     def capacity(self) -> int:
@@ -237,9 +240,14 @@ def _burst(engine: Engine) -> Iterator[Value]:
 
 
 def _first_token(engine: Engine) -> Iterator[Value]:
-    yield _value(f"first token, {FRESH_TOKENS} new", engine.first_token(0, FRESH_TOKENS), "ms")
+    yield _value(f"first token, {FRESH_TOKENS} new", engine.first_tokens(1, 0, FRESH_TOKENS), "ms")
     what = f"first token, {ADDED_TOKENS} new after {CACHED_TOKENS} cached"
-    yield _value(what, engine.first_token(CACHED_TOKENS, ADDED_TOKENS), "ms")
+    yield _value(what, engine.first_tokens(1, CACHED_TOKENS, ADDED_TOKENS), "ms")
+
+
+def _chats(engine: Engine) -> Iterator[Value]:
+    what = f"first tokens of {CHATS} chats, {CHAT_ADDED} new after {CHAT_TOKENS} cached"
+    yield _value(what, engine.first_tokens(CHATS, CHAT_TOKENS, CHAT_ADDED), "ms")
 
 
 def _memory(engine: Engine) -> Iterator[Value]:
@@ -272,6 +280,7 @@ _MEASURES: dict[str, Callable[[Engine], Iterator[Value]]] = {
     "start": _start,
     "burst": _burst,
     "first-token": _first_token,
+    "chats": _chats,
     **{f"step-{batch}x{tokens}": _step(batch, tokens) for batch, tokens in STEPS},
     "memory": _memory,
     **{name: _throughput(load) for name, load in LOADS.items()},

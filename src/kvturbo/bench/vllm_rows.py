@@ -67,10 +67,20 @@ STEPS = ((8, 8192), (32, 16384), (8, 32768))
 """Sequences and tokens of each at which a decode step is timed, the longer ones going on where the shorter ones were."""
 STEP_COUNT = 64
 FRESH_TOKENS, CACHED_TOKENS, ADDED_TOKENS = 8192, 32768, 2048
+CHATS, CHAT_TOKENS, CHAT_ADDED = 64, 2048, 32
+"""Conversations that go on at the same moment: how many, their cached tokens and the new ones."""
 LENGTHS = (16384, 131072)
 """Prompts whose memory is measured."""
 TTFT_REPEATS = 5
-MEASURES = ("start", "burst", "first-token", *(f"step-{batch}x{tokens}" for batch, tokens in STEPS), "memory", *LOADS)
+MEASURES = (
+    "start",
+    "burst",
+    "first-token",
+    "chats",
+    *(f"step-{batch}x{tokens}" for batch, tokens in STEPS),
+    "memory",
+    *LOADS,
+)
 """What can be measured, in order; `start` is the cache's capacity and the graphs' memory."""
 
 
