@@ -167,7 +167,7 @@ class Engine:
         return time.perf_counter() - start, sum(counts.values()) - before
 
     def first_tokens(self, count: int, cached: int, added: int) -> float:
-        """Milliseconds until some prompts, asked for at once, all have their first new token; their first `cached` ones are cached."""
+        """Milliseconds until prompts that are asked for at once, and begin with cached tokens, all have their first new one."""
         times = []
         prefixes = [self.prompt(cached) for _ in range(count)]
         if cached:
