@@ -151,8 +151,7 @@ def _constant(codec: Codec) -> Entry:
 
 
 FOLDED = "folded"
-PLAN_BITS = 2.9
-PLANNED = f"plan of at most {PLAN_BITS} bits"
+PLAN_BITS = (2.5, 2.9, 3.2, 3.6)
 FIXES: dict[str, Entry] = {
     "k4v4 guarded": guarded("k4v4"),
     f"k4v4 {FOLDED}": folded(format_entry("k4v4")),
@@ -164,9 +163,9 @@ FIXES: dict[str, Entry] = {
 
 
 def low_entries() -> dict[str, Entry]:
-    """Settings of at most 2.9 bits at 8k beside the formats."""
+    """Settings of at most 2.9 bits at 8k beside the formats, and plans."""
     return {
-        PLANNED: planned(PLAN_BITS),
+        **{f"plan of at most {bits} bits": planned(bits) for bits in PLAN_BITS},
         f"k3v2 {FOLDED}": folded(format_entry("k3v2")),
         "k3v2 value mean removed": without_mean(format_entry("k3v2"), "v"),
         f"k3v2 {FOLDED}, value mean removed": without_mean(folded(format_entry("k3v2")), "v"),
@@ -185,8 +184,9 @@ SEEDS = (1, 2, 3, 4)
 
 
 def seeded() -> dict[str, dict[int, Entry]]:
-    """Formats with other rotations, by name and seed, as they are and with the least-squares scale for values."""
+    """Formats with other rotations, by name and seed: as they are, without windows, with the least-squares scale for values."""
     found = {name: {seed: altered(name, seed=seed) for seed in SEEDS} for name in SEEDED}
+    found["k3v3 without windows"] = {seed: windows(altered("k3v3", seed=seed), 0, 0) for seed in SEEDS}
     other = {
         f"{name} value scale least squares": {
             seed: altered(name, v_rule="least_squares", seed=seed) for seed in (0, *SEEDS)

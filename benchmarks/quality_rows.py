@@ -12,12 +12,12 @@ from quality_codecs import ABLATIONS, FIXES, MAIN, Entry, every_entry, low_entri
 
 from kvturbo.config import SIDES
 from kvturbo.eval.calibration import Calibration, calibrate
-from kvturbo.eval.codec import Codec
+from kvturbo.eval.codec import ByLayer, Codec
 from kvturbo.eval.measure import Passages, RetrievalMeasure, TextMeasure, cut_passages
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.registry import BASELINES
 from kvturbo.eval.retrieval import get_setting
-from kvturbo.eval.simulated_plans import find_plan, question_rows, text_rows
+from kvturbo.eval.simulated_plans import PlanSearch, question_rows, text_rows
 from kvturbo.eval.simulation import Simulation
 from kvturbo.guard import Plan, make_plan
 from kvturbo.hf.calibration import moments_of_text
@@ -86,6 +86,7 @@ class Subject:
         self._text: TextMeasure | None = None
         self._calibration: Calibration | None = None
         self._retrieval: tuple[str, int, RetrievalMeasure] | None = None
+        self._search: PlanSearch | None = None
         self._plans: dict[float, Plan] = {}
 
     @property
@@ -111,14 +112,15 @@ class Subject:
 
     def plan(self, bits: float) -> Plan:
         """The best plan of at most so many bits, measured on the calibration text and on contexts that are not scored."""
-        if bits not in self._plans:
+        if self._search is None:
             model, sizes = self.loaded.model, self.sizes
-            base = make_plan(self.calibration.moments)
             rows = [
                 text_rows(model, self.calibration_ids, min(sizes.prefix, sizes.calibration // 2), sizes.chunk),
                 question_rows(self.loaded, get_setting(RETRIEVAL[0]), PLAN_PROMPTS),
             ]
-            self._plans[bits] = find_plan(rows, base, bits, CONTEXT)
+            self._search = PlanSearch(rows, make_plan(self.calibration.moments))
+        if bits not in self._plans:
+            self._plans[bits] = self._search.find(bits, CONTEXT)
         return self._plans[bits]
 
     def retrieval(self, setting: str, questions: int) -> RetrievalMeasure:
@@ -277,8 +279,9 @@ def _prompts(questions: int, each: int) -> int:
 def _size(codec: Codec | None, subject: Subject) -> dict[str, Any]:
     if codec is None:
         return {"bits": 16.0, "bits_at_8k": 16.0, "source": "bf16"}
+    layers = {"layers": codec.described()} if isinstance(codec, ByLayer) else {}
     return {
         "bits": codec.bits_per_element(subject.head_dim),
         "bits_at_8k": codec.bits_at(subject.head_dim, CONTEXT),
         "source": codec.source,
-    }
+    } | layers

@@ -65,7 +65,7 @@ def test_every_row_can_be_measured(
     kept = script.with_trained(written, trained)["rows"]
     assert kept == [row for row in rows if not row["case"].startswith("qk-norm")]
     plan = next(row for row in rows if row["name"] == "plan of at most 2.9 bits")
-    assert plan["bits_at_8k"] <= 2.9
+    assert plan["bits_at_8k"] <= 2.9 and list(plan["layers"]) == ["0", "1"]
     assert all(row["packed_tokens_read"] > 0 for row in rows if "kl_mean" in row)
     assert all(row["commit"] == "0" * 12 and row["seconds"] >= 0 for row in rows)
     assert "reached" in capsys.readouterr().out.replace("to reach", "")
@@ -97,6 +97,9 @@ def test_rows_of_other_settings_are_not_mixed(
     assert out.read_text() == before
 
 
+LAYERS = {"0": "kvturbo k3v2, windows 4 + 32", "1": "kvturbo k4v4, windows 0 + 0"}
+
+
 def report(**extra: Any) -> dict[str, Any]:
     """A report made by hand."""
     text = {
@@ -112,8 +115,17 @@ def report(**extra: Any) -> dict[str, Any]:
     rows = [
         text | {"name": "k4v4", "source": "kvturbo k4v4"},
         text | {"name": "vllm-4bit_nc", "source": "vLLM", "kl_mean": 0.0030, "bits_at_8k": 4.19},
+        text | {"name": "plan of 3", "source": "kvturbo k3v2 and kvturbo k4v4", "layers": LAYERS},
         hit | {"name": "k4v4"},
-        hit | {"name": "16bit", "section": "length", "setting": "hops-4k", "difference": 0.0},
+        hit
+        | {
+            "name": "16bit",
+            "section": "length",
+            "setting": "hops-4k",
+            "difference": 0.0,
+            "accuracy": 1.0,
+            "high": 1 - 1e-16,
+        },
         hit | {"name": "k4v4", "section": "length", "setting": "hops-4k"},
         text | {"name": "k4v4", "section": "ablation"},
         text | {"name": "k4v4 without search", "section": "ablation", "kl_mean": 0.0042},
@@ -144,6 +156,7 @@ def test_tables_show_the_rows() -> None:
     assert "| `k4v4`, weights folded | 4.125 | 4.12 | 0.0025 | 1.19x |" in tables["cases"]
     assert "**key-bias, weights folded**" not in tables["cases"]
     assert "| `k4v4` | 93.0 % |" in tables["length"].replace(" - |", "").replace("| 93.0 % | 93.0 % |", "| 93.0 % |")
+    assert "| 4.12 | 0.0021 | k3v2, windows 4 + 32 | k4v4 |" in tables["plans"]
     assert "quality-layers.svg" in tables["plot-layers"]
 
 

@@ -24,7 +24,7 @@ from kvturbo.eval.planning import (
 )
 from kvturbo.eval.retrieval import Setting
 from kvturbo.eval.runner import Evaluation
-from kvturbo.eval.simulated_plans import find_plan, question_rows, text_rows
+from kvturbo.eval.simulated_plans import PlanSearch, question_rows, text_rows
 from kvturbo.eval.tasks.text import TextTask
 from kvturbo.guard import LayerPlan, Plan, make_plan, write_plan
 from kvturbo.hf import TurboCache
@@ -142,9 +142,10 @@ def test_simulated_rows_have_the_losses_of_packed_caches(loaded) -> None:
 def test_a_plan_is_found_by_simulation(loaded) -> None:
     base = make_plan(moments_of_model(loaded.model))
     rows = [text_rows(loaded.model, torch.from_numpy(loaded.text[None, :800].copy()), 600, 64)]
-    plan = find_plan(rows, base, 4.5, 800)
+    search = PlanSearch(rows, base)
+    plan = search.find(4.5, 800)
     assert bits_per_element(plan, 800) <= 4.5
     others = [Plan({i: Choice(name).of(layer) for i, layer in base.layers.items()}) for name in ("k4v4", "k4v3")]
     assert rows[0].loss(plan) <= min(rows[0].loss(other) for other in others)
     with pytest.raises(ValueError, match="no plan takes at most 1.5 bits per element at 800 tokens"):
-        find_plan(rows, base, 1.5, 800)
+        search.find(1.5, 800)

@@ -162,6 +162,10 @@ class ByLayer(Codec):
 
     layers: Mapping[int, Codec] = field(default_factory=dict)
 
+    def described(self) -> dict[str, str]:
+        """What every layer has, by its index."""
+        return {str(i): f"{codec.source}, windows {codec.sink} + {codec.recent}" for i, codec in self.layers.items()}
+
     def bits_at(self, head_dim: int, tokens: int) -> float:
         return sum(codec.bits_at(head_dim, tokens) for codec in self.layers.values()) / len(self.layers)
 

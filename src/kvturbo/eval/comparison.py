@@ -51,6 +51,19 @@ def low(report: Report) -> str:
     return _or_missing(("setting", "bits", "bits at 8k", HARD, "to 16 bit, points", "questions"), cells)
 
 
+def plans(report: Report) -> str:
+    """What the plans give every layer."""
+    rows = [row for row in _rows(report, section="text", case="plain") if row["name"].startswith("plan ")]
+    if not rows:
+        return MISSING
+    layers = list(rows[0]["layers"])
+    cells = []
+    for row in sorted(rows, key=lambda row: row["bits_at_8k"]):
+        chosen = [row["layers"][i].removeprefix("kvturbo ").removesuffix(", windows 0 + 0") for i in layers]
+        cells.append((f"{row['bits_at_8k']:.2f}", _number(row), *chosen))
+    return markdown_table(("bits at 8k", "mean KL", *(f"layer {i}" for i in layers)), cells)
+
+
 def ablation(report: Report) -> str:
     """Mean KL of a format with one choice made otherwise, over that of the format."""
     rows = {row["name"]: row for row in _rows(report, section="ablation")}
@@ -171,6 +184,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "goals": goals,
     "formats": formats,
     "low": low,
+    "plans": plans,
     "ablation": ablation,
     "rotations": rotations,
     "cases": cases,

@@ -62,7 +62,7 @@ def find(rows: Sequence[Row], **wanted: Any) -> Row | None:
 
 def over_rotations(rows: Sequence[Row], name: str) -> list[float]:
     """Mean KL of a format for every rotation that was measured, the format's own first."""
-    own = find(rows, section="text", case="plain", name=name)
+    own = _plain(rows, name)
     found = [row["kl_mean"] for row in rows if row["section"] == "seeds" and row["name"] == name]
     return found if own is None else [own["kl_mean"], *found]
 
@@ -82,7 +82,7 @@ def _cases(rows: Sequence[Row]) -> Iterator[Goal]:
     for case, fix, most in CASES:
         row = find(rows, section="case", case=case, name=fix)
         yield _ratio(f"mean KL of {fix} on {case} over k4v4 on the plain model", row, plain, most)
-        control = find(rows, section="case", case=f"{case} control", name="k4v4")
+        control = find(rows, section="case", case=f"{case.partition(',')[0]} control", name="k4v4")
         if control is not None:
             yield _ratio(f"mean KL of {fix} on {case} over k4v4 on its control", row, control, most)
 
@@ -111,20 +111,21 @@ def _low(rows: Sequence[Row]) -> Iterator[Goal]:
 
 def _reported(rows: Sequence[Row]) -> Iterator[Goal]:
     """Figures that have no mark to reach, and have to be there."""
-    case = "key-bias"
-    lost = [find(rows, section=section, case=c, name="k4v4") for section, c in (("case", case), ("text", "plain"))]
-    found = _quotient(*lost)
-    yield Goal(f"mean KL of k4v4 on {case} without the guard, over the plain model", "shown", *found)
+    biased, plain = find(rows, section="case", case="key-bias", name="k4v4"), _plain(rows, "k4v4")
+    found, known = _quotient(biased, plain, 1)
+    yield Goal("mean KL of k4v4 on key-bias without the guard, over the plain model", "shown", found, known)
+    found, known = _quotient(_plain(rows, "k3v3 windows 4 + 0"), _plain(rows, "vllm-3bit_nc"), 3)
+    yield Goal("mean KL of k3v3 with 4 sink tokens and no other window over vllm-3bit_nc", "shown", found, known)
     split = [find(rows, section="heads", name="k4v2", setting=setting) for setting in ("sharp", "diffuse")]
     both = all(row is not None for row in split)
     shown = ", ".join(f"{row['kl_mean']:.3g}" for row in split if row is not None) if both else "-"
     yield Goal("mean KL of k4v2 in sharp heads only, in diffuse heads only", "shown", shown, True if both else None)
 
 
-def _quotient(row: Row | None, other: Row | None) -> tuple[str, bool | None]:
+def _quotient(row: Row | None, other: Row | None, digits: int) -> tuple[str, bool | None]:
     if row is None or other is None:
         return "-", None
-    return ("NaN" if row["kl_mean"] is None else f"{row['kl_mean'] / other['kl_mean']:.1f}"), True
+    return ("NaN" if row["kl_mean"] is None else f"{row['kl_mean'] / other['kl_mean']:.{digits}f}"), True
 
 
 def _ratio(text: str, row: Row | None, other: Row | None, most: float) -> Goal:

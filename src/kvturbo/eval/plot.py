@@ -131,8 +131,8 @@ def accuracy_by_length(rows: Sequence[Row], path: Path) -> Path:
             }  # fmt: skip
             sizes = sorted(found)
             values = [100 * found[size]["accuracy"] for size in sizes]
-            below = [100 * (found[size]["accuracy"] - found[size]["low"]) for size in sizes]
-            above = [100 * (found[size]["high"] - found[size]["accuracy"]) for size in sizes]
+            below = [max(0.0, value - 100 * found[size]["low"]) for size, value in zip(sizes, values, strict=True)]
+            above = [max(0.0, 100 * found[size]["high"] - value) for size, value in zip(sizes, values, strict=True)]
             places = [size * (1 + 0.01 * shift) for size in sizes]
             axes.errorbar(
                 places, values, yerr=[below, above], fmt="o-", capsize=2, label=name, linewidth=1, markersize=3

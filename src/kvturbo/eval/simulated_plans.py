@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from kvturbo.eval.measure import check_reads, layers_of, packed_tokens
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.planning import (
-    CHOICES,
+    Choice,
     Scored,
     calibration_samples,
     choices_of,
@@ -75,21 +77,31 @@ def question_rows(loaded: LoadedModel, setting: Setting, count: int) -> Simulate
     return SimulatedRows(loaded.model, questions, lambda codec: Simulation(codec, prefix=read.kept))
 
 
-def find_plan(rows: Sequence[Scored], base: Plan, bits: float, tokens: int) -> Plan:
-    """The best plan of at most so many bits, as `kvturbo plan` looks for it.
+@dataclass(frozen=True)
+class PlanSearch:
+    """Plans as `kvturbo plan` looks for them; what layers lose is measured once.
 
-    Args:
+    Attributes:
         rows: what plans are compared on.
         base: shapes and outlier channels of the layers.
-        bits: per key or value element of `tokens` tokens, everything counted.
-        tokens: in the cache.
-
-    Raises:
-        ValueError: no plan has so few bits.
     """
-    budget = int(bits / 16 * sizes.sixteen_bit_bytes(base, tokens))
-    losses = measure_losses(rows, base, {i: choices_of(layer, CHOICES) for i, layer in base.layers.items()})
-    found = plans_within(base, losses, budget, tokens)
-    if not found:
-        raise ValueError(f"no plan takes at most {bits:g} bits per element at {tokens} tokens")
-    return min(found.values(), key=lambda plan: mean_loss(rows, plan))
+
+    rows: Sequence[Scored]
+    base: Plan
+
+    @cached_property
+    def losses(self) -> dict[int, dict[Choice, float]]:
+        """By layer index and choice, the layer alone."""
+        return measure_losses(self.rows, self.base, {i: choices_of(layer) for i, layer in self.base.layers.items()})
+
+    def find(self, bits: float, tokens: int) -> Plan:
+        """The best plan of at most so many bits per element of `tokens` tokens, everything counted.
+
+        Raises:
+            ValueError: no plan has so few bits.
+        """
+        budget = int(bits / 16 * sizes.sixteen_bit_bytes(self.base, tokens))
+        found = plans_within(self.base, self.losses, budget, tokens)
+        if not found:
+            raise ValueError(f"no plan takes at most {bits:g} bits per element at {tokens} tokens")
+        return min(found.values(), key=lambda plan: mean_loss(self.rows, plan))
