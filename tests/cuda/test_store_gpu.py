@@ -71,7 +71,7 @@ def test_owners_of_one_word_do_not_disturb_each_other(
     """All tokens of 64 pages in random order, each by its own warp: the same bytes every time, and those of octets but for ties."""
     fmt, generator = KVFormat.from_name(name, head_dim), torch.Generator().manual_seed(9)
     k, v = vectors(fmt, 1024, 2)
-    before = random_pages(fmt, 16, 64, 2)
+    before = random_pages(fmt, 16, 65, 2)
     slots = torch.randperm(1024, generator=generator)
     results = []
     for most_single in (10**9, 0, 10**9):
