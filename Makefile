@@ -20,7 +20,7 @@ EXTRAS := hf,eval$(if $(filter cuda,$(FLAVOR)),$(comma)triton$(comma)cuda)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Processes of gpu-test and sanitize, which share the GPU: most of their time goes into compiling kernels.
-JOBS ?= $(shell n=$$(nproc); [ $$n -lt 16 ] || n=16; echo $$n)
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); [ $$n -lt 16 ] || n=16; echo $$n)
 
 # Of the CUDA toolkit. Without torch's memory cache every tensor is an allocation of its own, so its end is the end. Errors of the
 # API are Python's exceptions; the bindings ask the driver for functions of newer versions, which memcheck would report.

@@ -45,11 +45,13 @@ def vectors(count: int, heads: int, d: int, generator: torch.Generator) -> Tenso
 
 
 def cache_of(name: str, head_dim: int, lengths: list[int], page_size: int = 16, heads: int = 2) -> Cache:
+    """Sequences in pages in random order; 0xFF (NaN scales) before and after every block, and wherever no token lies."""
     fmt = KVFormat.from_name(name, head_dim, seed=11)
     generator = torch.Generator("cuda").manual_seed(5)
     counts = [-(-length // page_size) for length in lengths]
     order = torch.randperm(sum(counts) + 1, generator=generator, device="cuda").int()
-    pages = torch.full((len(order), heads, fmt.page_bytes(page_size)), 0xFF, dtype=torch.uint8, device="cuda")
+    room = torch.full((len(order) + 1, heads + 1, fmt.page_bytes(page_size)), 0xFF, dtype=torch.uint8, device="cuda")
+    pages = room[:-1, 1:]
     table = torch.full((len(lengths), max(counts)), 2**31 - 1, dtype=torch.int32, device="cuda")
     channels = channels_for(fmt, heads)
     channels = None if channels is None else channels.cuda()
@@ -128,8 +130,10 @@ def run(cache: Cache, q: Tensor, out: Tensor | None = None, *, backend: str, **o
 
 
 def check(cache: Cache, q: Tensor, backend: str, **options: Any) -> None:
-    """Asserts that a call agrees with `oracle`."""
-    out, lse = run(cache, q, torch.full(q.shape, math.nan, device="cuda"), backend=backend, **options)
+    """Asserts that a call agrees with `oracle` and writes its output only."""
+    room = torch.full((len(q) + 2, *q.shape[1:]), math.nan, device="cuda")
+    out, lse = run(cache, q, room[1:-1], backend=backend, **options)
+    assert room[0].isnan().all() and room[-1].isnan().all(), "rows beside the output were written"
     wanted_out, wanted_lse, largest = oracle(cache, q, **options)
     constant, share = BOUND[backend]
     bound = constant + share * largest
