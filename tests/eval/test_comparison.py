@@ -134,7 +134,14 @@ def report(**extra: Any) -> dict[str, Any]:
         text | {"name": "k3v3", "section": "sides", "setting": "v 0"},
         text | {"name": "k4v4", "section": "case", "case": "key-bias", "kl_mean": None, "source": "kvturbo k4v4"},
         text | {"name": "k4v4", "section": "case", "case": "key-bias control"},
-        text | {"name": "k4v4", "section": "case", "case": "key-bias, weights folded", "kl_mean": 0.0025},
+        text
+        | {
+            "name": "k4v4",
+            "section": "case",
+            "case": "key-bias, weights folded",
+            "kl_mean": 0.0025,
+            "source": "kvturbo",
+        },
         hit | {"name": "k4v4", "section": "case-retrieval", "case": "key-bias"},
     ]
     settings = {"model": "m", "dtype": "float32", "length": 4096, "prefix": 1024, "chunk": 128}
@@ -157,6 +164,12 @@ def test_tables_show_the_rows() -> None:
     assert "**key-bias, weights folded**" not in tables["cases"]
     assert "| `k4v4` | 93.0 % |" in tables["length"].replace(" - |", "").replace("| 93.0 % | 93.0 % |", "| 93.0 % |")
     assert "| 4.12 | 0.0021 | k3v2, windows 4 + 32 | k4v4 |" in tables["plans"]
+    short = comparison.brief(report())
+    assert "| `k4v4` | 4.12 | 0.0021 | 0.04 | -0.2 (-1.0 to +0.5) |" in short and "50,176 scored tokens" in short
+    assert (
+        "| `vllm-4bit_nc` | 4.19 | 0.003 | 0.04 | - |" in short
+        and comparison.brief(report(rows=[])) == comparison.MISSING
+    )
     assert "quality-layers.svg" in tables["plot-layers"]
 
 

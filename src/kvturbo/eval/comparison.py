@@ -14,6 +14,10 @@ ABLATED = ("k4v4", "k4v3", "k4v2", "k3v3", "k3v2")
 HARD, EASY = "hard-8k", "multikey-8k"
 FOLDED, CONTROL = ", weights folded", " control"
 QK_NORM = "qk-norm"
+BRIEF = (
+    *("fp8", "vllm-k8v4", "k8v4", "vllm-4bit_nc", "k4v4", "vllm-k3v4_nc", "k4v3", "kvarn-k4v2", "vllm-3bit_nc", "k4v2"),
+    *("k3v3", "kivi2", "k3v2", "plan of at most 2.9 bits"),
+)
 MISSING = not_measured("benchmarks/quality.py")
 
 
@@ -34,6 +38,20 @@ def goals(report: Report) -> str:
     """Figures to reach, reached or not."""
     rows = [(goal.text, goal.target, goal.found, goal.verdict) for goal in check(report["rows"])]
     return markdown_table(("figure", "to reach", "found", ""), rows)
+
+
+def brief(report: Report) -> str:
+    """A few formats and baselines, fewest bits first, for a reader in a hurry."""
+    text = {row["name"]: row for row in _rows(report, section="text", case="plain")}
+    hard = {row["name"]: row for row in _answers(report, "retrieval", "plain")}
+    rows = sorted((text[name] for name in BRIEF if name in text), key=lambda row: row["bits_at_8k"])
+    cells = [
+        (f"`{r['name']}`", f"{r['bits_at_8k']:.2f}", _number(r), _number(r, "kl_p99.9"), _points(hard.get(r["name"])))
+        for r in rows
+    ]
+    header = ("cache", "bits per element at 8k", "mean KL", "p99.9 KL", f"{HARD}, points to 16 bit")
+    table = _or_missing(header, cells)
+    return f"{table}\n\nWindows in 16 bits are counted; all layers are packed. {conditions(report)}" if rows else table
 
 
 def formats(report: Report) -> str:
@@ -204,14 +222,13 @@ def plots(report: Report, folder: Path) -> list[Path]:
     from kvturbo.eval import plot
 
     drawn = []
-    text = _rows(report, section="text", case="plain")
+    text = _shown(_rows(report, section="text", case="plain"))
     if text:
-        drawn.append(plot.divergence_by_bits(text, _answers(report, "retrieval", "plain"), folder / "quality-bits.svg"))
+        answers = _shown(_answers(report, "retrieval", "plain"))
+        drawn.append(plot.divergence_by_bits(text, answers, folder / "quality-bits.svg"))
     if found := _cases(report):
-        shown = {
-            case: (_rows(report, section="case", case=case), _answers(report, "case-retrieval", case)) for case in found
-        }
-        drawn.append(plot.divergence_by_case(shown, folder / "quality-cases.svg"))
+        panels = {case: _panel(report, case) for case in found}
+        drawn.append(plot.divergence_by_case(panels, folder / "quality-cases.svg"))
     lengths = _rows(report, section="length") + _rows(report, section="retrieval", case="plain")
     if _rows(report, section="length"):
         drawn.append(plot.accuracy_by_length(lengths, folder / "quality-length.svg"))
@@ -227,6 +244,21 @@ def _image(name: str, text: str) -> str:
 def _answers(report: Report, section: str, case: str) -> list[Row]:
     """Rows of the harder retrieval setting but 16 bits' own."""
     return [row for row in _rows(report, section=section, case=case, setting=HARD) if row["name"] != "16bit"]
+
+
+def _shown(rows: Iterable[Row]) -> list[Row]:
+    """Rows of plots: plans and what the guard chooses, but no other change of a format, for which there are tables."""
+    return [
+        row for row in rows if " " not in row["name"] or row["name"].startswith("plan ") or "guarded" in row["name"]
+    ]
+
+
+def _panel(report: Report, case: str) -> tuple[list[Row], list[Row]]:
+    """Divergence and answers of a case, those with its weights folded beside the others."""
+    folded = _rows(report, section="case", case=case + FOLDED), _answers(report, "case-retrieval", case + FOLDED)
+    own = _rows(report, section="case", case=case), _answers(report, "case-retrieval", case)
+    named = [[row | {"name": f"{row['name']}, folded"} for row in rows] for rows in folded]
+    return _shown(own[0]) + named[0], _shown(own[1]) + named[1]
 
 
 def _layer_rows(report: Report) -> list[Row]:
@@ -253,8 +285,14 @@ def _format_cells(row: Row, report: Report) -> tuple[str, ...]:
 
 
 def _accuracy_cells(row: Row) -> tuple[str, str, str]:
+    return f"{100 * row['accuracy']:.1f} %", _points(row), f"{row['questions']:,}"
+
+
+def _points(row: Row | None) -> str:
+    if row is None:
+        return "-"
     interval = f"{100 * row['difference_low']:+.1f} to {100 * row['difference_high']:+.1f}"
-    return f"{100 * row['accuracy']:.1f} %", f"{100 * row['difference']:+.1f} ({interval})", f"{row['questions']:,}"
+    return f"{100 * row['difference']:+.1f} ({interval})"
 
 
 def _number(row: Row | None, name: str = "kl_mean") -> str:

@@ -68,7 +68,7 @@ def divergence_by_bits(rows: Sequence[Row], answers: Sequence[Row], path: Path) 
         answers: `name`, `source`, `bits_at_8k` and `difference` to 16 bits with its interval, of one retrieval setting.
         path: the SVG to write.
     """
-    figure, panels = new_figure(18, 5, 3)
+    figure, panels = new_figure(18, 6, 3)
     for axes, key, label in zip(panels, ("kl_mean", "kl_p99.9"), ("mean", "99.9 % quantile of"), strict=False):
         _by_bits(axes, [row for row in rows if row[key]], key)
         axes.set(ylabel=f"{label} KL [nats/token]", yscale="log")
@@ -83,7 +83,7 @@ def divergence_by_case(cases: Mapping[str, tuple[Sequence[Row], Sequence[Row]]],
         cases: name -> rows and answers as for `divergence_by_bits`.
         path: the SVG to write.
     """
-    figure, panels = new_figure(5 * len(cases), 9, len(cases), 2)
+    figure, panels = new_figure(5.5 * len(cases), 11, len(cases), 2)
     for i, (case, (rows, answers)) in enumerate(cases.items()):
         _by_bits(panels[i], [row for row in rows if row["kl_mean"]], "kl_mean")
         panels[i].set(ylabel="mean KL [nats/token]", yscale="log", title=case)
@@ -98,7 +98,7 @@ def _by_bits(axes: Any, rows: Sequence[Row], key: str, factor: float = 1.0) -> N
         axes.plot([r["bits_at_8k"] for r in chosen], [factor * r[key] for r in chosen], marker, label=name)
         for row in chosen:
             place = (row["bits_at_8k"], factor * row[key])
-            axes.annotate(row["name"], place, xytext=(4, 4), textcoords="offset points", fontsize=6)
+            axes.annotate(row["name"], place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("bits per element at 8k, windows counted")
     axes.grid(alpha=0.3)
     axes.legend()
