@@ -300,7 +300,9 @@ def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
 def test_layers_share_a_plan_and_steps_do_not(
     run: Runner, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two layers' calls in each of several steps; the later steps use the memory of the first one's plan."""
+    """Two layers' calls in each of several steps; later ones use the memory of the first one's plan. Without a schedule each call plans."""
+    for cache in (cuda._idle_schedules, cuda._stream_memory):
+        cache.cache_clear()  # none has been made with another number of CTAs
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     plans: list[int] = []
     launch = schedule_kernel.launch
@@ -312,19 +314,19 @@ def test_layers_share_a_plan_and_steps_do_not(
     ]  # fmt: skip
     for step in steps:
         options: dict[str, Any] = {n: ints(x, "cpu") if isinstance(x, list) else x for n, x in step.items()}
-        plans.clear()
         results = []
-        for _ in range(2):
+        for schedule, made in ((shared, 1), (shared, 0), (None, 1), (None, 1)):
+            plans.clear()
             q, out = run.queries(batch), torch.full(run.queries(batch).shape, math.nan)
             lse = cuda.decode(
                 q, batch.pages, batch.block_table, batch.seq_lens, out,
-                scale=SCALE, schedule=shared, **batch.format_options(), **options,
+                scale=SCALE, schedule=schedule, **batch.format_options(), **options,
             )  # fmt: skip
             results.append((out, lse))
-        assert len(plans) == 1
+            assert len(plans) == made
         alone = run(q, batch, **step)
         assert all(same_bits(a, b) for result in results for a, b in zip(result, alone, strict=True))
-    assert len({id(schedule) for _, _, schedule in shared._made.values()}) == 2, "with a window and without"
+    assert len({id(made.schedule) for made in shared._made.values()}) == 2, "with a window and without"
 
 
 LIMITS_OF = {

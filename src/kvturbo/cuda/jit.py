@@ -140,7 +140,7 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver, self._device, self.shared_bytes = driver, device.index, shared_bytes
-        self._current_device = torch._C._cuda_getDevice
+        self._current_device, self._launch = torch._C._cuda_getDevice, driver.cuLaunchKernel
         with torch.cuda.device(device):  # a function belongs to the context that is current when it is asked for
             torch.cuda.current_stream(device)
             self._library = _checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0))
@@ -159,9 +159,9 @@ class Kernel:
         if self._current_device() != self._device:  # the default stream's handle means the current device's
             with torch.cuda.device(self._device):
                 return self.launch(grid, threads, parameters, stream)
-        (error,) = self._driver.cuLaunchKernel(
+        error = self._launch(
             self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, parameters.address, 0
-        )
+        )[0]
         if error:
             raise CudaError(f"CUDA driver error {error!r}")
 

@@ -13,8 +13,8 @@ from kvturbo.ops import backends, checks
 from kvturbo.ops.calls import CheckedCalls, traits
 from kvturbo.ops.sharing import SharedSchedules
 
-Run = Callable[..., Tensor]
-"""Takes q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule; returns lse."""
+Run = Callable[..., tuple[Tensor, Tensor]]
+"""Takes q, pages, block_table, seq_lens, out (or None), q_lens, seq_starts, sinks, outlier_channels, schedule; returns out, lse."""
 _CHECKED: CheckedCalls[Run] = CheckedCalls()
 
 
@@ -74,10 +74,11 @@ def decode(
             seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.device, traits(q_lens), traits(seq_starts),
             traits(sinks), traits(outlier_channels), traits(out), fmt, scale, window, soft_cap, backend,
         )  # fmt: skip
-        run = _CHECKED.get(kind)
+        last, run = _CHECKED.last
+        if last != kind:
+            run = _CHECKED.get(kind)
         if run is not None:
-            out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-            return out, run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule)
+            return run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule)
     page_size = checks.check_pages(pages, fmt)
     checks.check_vectors("q", q, fmt, pages)
     checks.check_heads(q, pages)
@@ -88,8 +89,8 @@ def decode(
     _check_queries(q, seq_lens, q_lens, pages)
     if out is not None and (out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device):
         raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if compiling:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         if schedule is not None and not isinstance(schedule, SharedSchedules):
             raise ValueError("schedule can't be passed inside torch.compile; leave it out")
         lse = torch.ops.kvturbo.decode(
@@ -101,7 +102,7 @@ def decode(
     name = backends.choose(backend, "decode", pages.device, fmt)
     run = _prepared(name, tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
     _CHECKED.remember(kind, run, pages.device, scale, window, soft_cap)
-    return out, run(*tensors, schedule)
+    return run(*tensors, schedule)
 
 
 def _prepared(backend: str, tensors: tuple[Tensor | None, ...], **options: Any) -> Run:
@@ -115,14 +116,15 @@ def _prepared(backend: str, tensors: tuple[Tensor | None, ...], **options: Any) 
         pages: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         q_lens: Tensor | None,
         seq_starts: Tensor | None,
         sinks: Tensor | None,
         outlier_channels: Tensor | None,
         schedule: Any,
-    ) -> Tensor:
-        return decode(
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        return out, decode(
             q, pages, block_table, seq_lens, out, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks,
             outlier_channels=outlier_channels, schedule=schedule, **options,
         )  # fmt: skip

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ class Schedule:
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self.workspace, self.counters = memory or memory_for(variant, device)
         self._addresses = self.plan.data_ptr(), self.workspace.data_ptr(), self.counters.data_ptr()
-        self._sizes = variant.group, variant.rows, variant.step, self.ctas, variant.warps
+        self._sizes = kv_heads, variant.group, variant.rows, variant.step, self.ctas, variant.warps
         self._threads = variant.warps * 32
         self._spare: list[_ScheduleParams] = []
 
@@ -138,9 +137,7 @@ class Schedule:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
             parameters = _ScheduleParams()
-        _SCHEDULE_FIELDS.pack_into(
-            parameters, 0, *lens, self._addresses[0], self.batch, window or 0, self.kv_heads, *self._sizes
-        )
+        _SCHEDULE_FIELDS.pack_into(parameters, 0, *lens, self._addresses[0], self.batch, window or 0, *self._sizes)
         self._plan.launch(1, 1024, parameters, stream)
         self._spare.append(parameters)
 
@@ -172,9 +169,9 @@ def _schedule_of(shape: _Shape, stream: int) -> Schedule:
 
 
 @lru_cache(maxsize=64)
-def _own_schedule(shape: _Shape, stream: int) -> tuple[Schedule, Lock]:
-    """A stream's schedule, and a lock for those who launch a plan and then its decode."""
-    return _schedule_of(shape, stream), Lock()
+def _idle_schedules(shape: _Shape, stream: int) -> list[Schedule]:
+    """A stream's schedules for calls without one; a call takes one out, so that no thread makes a plan in another's."""
+    return []
 
 
 def make_schedule(
@@ -210,14 +207,14 @@ class _Call:
         pages: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
-        out: Tensor,
+        out_dtype: torch.dtype,
         *,
         fmt: KVFormat,
         scale: float,
         window: int | None,
         soft_cap: float | None,
     ) -> None:
-        variant = _variant(q, pages, seq_lens, fmt, out.dtype)
+        variant = _variant(q, pages, seq_lens, fmt, out_dtype)
         self.shape = _shape(variant, len(seq_lens), pages.shape[1], q.device)
         self.window = window
         self._lse = torch.empty((), dtype=torch.float32, device=q.device).expand(
@@ -229,73 +226,67 @@ class _Call:
             scale * _LOG2E, (soft_cap or 0.0) * _LOG2E, sign_words(fmt.head_dim, fmt.seed),
         )  # fmt: skip
 
-    def __call__(
+    def run(
         self,
         q: Tensor,
         pages: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         q_lens: Tensor | None,
         seq_starts: Tensor | None,
         sinks: Tensor | None,
         outlier_channels: Tensor | None,
         schedule: Any,
-    ) -> Tensor:
-        """Launches the kernel, and without a schedule that of the plan before it; returns lse."""
-        shape = self.shape
+    ) -> tuple[Tensor, Tensor]:
+        """Launches the kernel for a contiguous q, and without a schedule that of the plan before it; returns out and lse."""
+        shape, idle = self.shape, None
         at_pages = pages.data_ptr()
         if at_pages % 16:
             raise ValueError(f"pages must begin at a multiple of 16 bytes, got address {at_pages:#x}")
+        out = torch.empty_like(q) if out is None else out
         lse = torch.empty_like(self._lse, memory_format=torch.contiguous_format)
         stream = current_stream(shape.device.index)
-        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
-        before = q.data_ptr(), at_pages, block_table.data_ptr(), *lens, pointer(sinks), pointer(outlier_channels)
-        after = out.data_ptr(), lse.data_ptr()
-        if schedule is None or isinstance(schedule, SharedSchedules):
-            tensors = seq_lens, q_lens, seq_starts
-            self._launch_planned(before, schedule, after, (tensors, lens), stream)
-        else:
+        lens = (
+            seq_lens.data_ptr(),
+            0 if q_lens is None else q_lens.data_ptr(),
+            0 if seq_starts is None else seq_starts.data_ptr(),
+        )
+        if schedule is not None and not isinstance(schedule, SharedSchedules):
             self._check(schedule)
-            self._launch(before, schedule, after, stream)
-        return lse
-
-    def _launch_planned(
-        self,
-        before: tuple[int, ...],
-        shared: SharedSchedules | None,
-        after: tuple[int, int],
-        lens: tuple[tuple[Tensor | None, ...], tuple[int, int, int]],
-        stream: int,
-    ) -> None:
-        """Takes lengths as tensors and as their addresses."""
-        shape, window = self.shape, self.window
-        if torch.cuda.is_current_stream_capturing():  # a captured graph gets a schedule of its own, in its own memory
-            schedule = Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device)
-            schedule._update(lens[1], window, stream)
-            self._launch(before, schedule, after, stream)
-        elif shared is None:
-            schedule, lock = _own_schedule(shape, stream)
-            with lock:
-                schedule._update(lens[1], window, stream)
-                self._launch(before, schedule, after, stream)
+        elif torch.cuda.is_current_stream_capturing():  # a captured graph gets one of its own, in its own memory
+            schedule = self._planned(Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device), lens, stream)
+        elif schedule is None:
+            idle = _idle_schedules(shape, stream)
+            try:
+                schedule = idle.pop()
+            except IndexError:
+                schedule = _schedule_of(shape, stream)
+            schedule._update(lens, self.window, stream)
         else:
-
-            def make(last: Schedule | None) -> Schedule:
-                schedule = last or _schedule_of(shape, stream)
-                schedule._update(lens[1], window, stream)
-                return schedule
-
-            self._launch(before, shared.get((shape, window, stream), lens[0], make), after, stream)
-
-    def _launch(self, before: tuple[int, ...], schedule: Schedule, after: tuple[int, int], stream: int) -> None:
+            kind = shape, self.window, stream
+            schedule = schedule.find(kind, seq_lens, q_lens, seq_starts) or schedule.make(
+                kind, seq_lens, q_lens, seq_starts, lambda last: self._planned(last, lens, stream)
+            )
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
             parameters = _Params(*[None] * 13, *self._sizes)
-        _ADDRESSES.pack_into(parameters, 0, *before, *schedule._addresses, *after)
+        _ADDRESSES.pack_into(
+            parameters, 0, q.data_ptr(), at_pages, block_table.data_ptr(), *lens, 0 if sinks is None else sinks.data_ptr(),
+            0 if outlier_channels is None else outlier_channels.data_ptr(), *schedule._addresses, out.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
         schedule._decode.launch(schedule.ctas, schedule._threads, parameters, stream)
         self._spare.append(parameters)
+        if idle is not None:
+            idle.append(schedule)
+        return out, lse
+
+    def _planned(self, last: Schedule | None, lens: tuple[int, int, int], stream: int) -> Schedule:
+        """A plan in the memory of the last one."""
+        schedule = last or _schedule_of(self.shape, stream)
+        schedule._update(lens, self.window, stream)
+        return schedule
 
     def _check(self, schedule: Any) -> None:
         if not isinstance(schedule, Schedule):
@@ -319,7 +310,7 @@ def prepare(
     pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     q_lens: Tensor | None,
     seq_starts: Tensor | None,
     sinks: Tensor | None,
@@ -329,21 +320,22 @@ def prepare(
     scale: float,
     window: int | None,
     soft_cap: float | None,
-) -> Callable[..., Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Checks what the kernel needs of a call's tensors, and loads the kernel.
 
     Args:
         q, pages, ...: of a call, as in `kvturbo.ops.decode`.
 
     Returns:
-        What runs calls with such tensors: takes the same ones, then a schedule or None; writes into out and returns lse.
+        What runs calls with such tensors: takes the same ones, then a schedule or None; returns out, made if None, and lse.
 
     Raises:
         TypeError, ValueError: the kernel can't do it.
     """
     if not len(q) or not len(seq_lens):
         return _nothing
-    call = _Call(q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
+    out_dtype = q.dtype if out is None else out.dtype
+    run = _Call(q, pages, block_table, seq_lens, out_dtype, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap).run
     _check_contiguous(
         out=out, seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels
     )
@@ -353,7 +345,7 @@ def prepare(
         raise ValueError(
             f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
         )
-    return call if q.is_contiguous() else lambda q, *rest: call(q.contiguous(), *rest)
+    return run if q.is_contiguous() else lambda q, *rest: run(q.contiguous(), *rest)
 
 
 def _nothing(
@@ -361,16 +353,16 @@ def _nothing(
     pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     q_lens: Tensor | None,
     seq_starts: Tensor | None,
     sinks: Tensor | None,
     *_: Any,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """A call without queries or without sequences."""
-    out.zero_()
+    out = torch.zeros_like(q) if out is None else out.zero_()
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-    return lse if sinks is None else lse.copy_(sinks.expand_as(lse))
+    return out, lse if sinks is None else lse.copy_(sinks.expand_as(lse))
 
 
 def decode(
@@ -392,4 +384,4 @@ def decode(
 ) -> Tensor:
     """See `kvturbo.ops.decode`; writes into out and returns lse."""
     tensors = q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels
-    return prepare(*tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)(*tensors, schedule)
+    return prepare(*tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)(*tensors, schedule)[1]

@@ -478,7 +478,8 @@ def _planned(
     if shared:
         stream = current_stream(device.index) if device.type == "cuda" else 0
         kind = ("triton", len(seq_lens), window, bound, device, stream)
-        return schedule.get(kind, (seq_lens, q_lens, seq_starts), make)
+        lens = seq_lens, q_lens, seq_starts
+        return schedule.find(kind, *lens) or schedule.make(kind, *lens, make)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a kvturbo.ops.schedule.Schedule, got {type(schedule).__name__}")
     schedule.check(seq_lens.shape[0], window, q_lens)

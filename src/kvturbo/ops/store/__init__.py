@@ -47,7 +47,9 @@ def store(
             pages.dtype, pages.device, slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
             traits(outlier_channels), fmt, backend,
         )  # fmt: skip
-        run = _CHECKED.get(kind)
+        last, run = _CHECKED.last
+        if last != kind:
+            run = _CHECKED.get(kind)
         if run is not None:
             return run(k, v, pages, slot_mapping, outlier_channels)
     page_size = checks.check_pages(pages, fmt)
