@@ -300,10 +300,12 @@ def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
 def test_layers_share_a_plan_and_steps_do_not(
     run: Runner, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two layers' calls in each of several steps; later ones use the memory of the first one's plan. Without a schedule each call plans."""
+    """Two layers' calls in each of several steps; later ones use the memory of the first one's plan.
+
+    Calls without a schedule make one each, and so do calls in a graph's capture, which keep nothing.
+    """
     for cache in (cuda._idle_schedules, cuda._stream_memory):
         cache.cache_clear()  # none has been made with another number of CTAs
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     plans: list[int] = []
     launch = schedule_kernel.launch
     monkeypatch.setattr(schedule_kernel, "launch", lambda *args: plans.append(1) or launch(*args))
@@ -315,7 +317,16 @@ def test_layers_share_a_plan_and_steps_do_not(
     for step in steps:
         options: dict[str, Any] = {n: ints(x, "cpu") if isinstance(x, list) else x for n, x in step.items()}
         results = []
-        for schedule, made in ((shared, 1), (shared, 0), (None, 1), (None, 1)):
+        calls = (
+            (shared, False, 1),
+            (shared, False, 0),
+            (None, False, 1),
+            (None, False, 1),
+            (shared, True, 1),
+            (None, True, 1),
+        )
+        for schedule, capturing, made in calls:
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
             plans.clear()
             q, out = run.queries(batch), torch.full(run.queries(batch).shape, math.nan)
             lse = cuda.decode(
@@ -327,6 +338,7 @@ def test_layers_share_a_plan_and_steps_do_not(
         alone = run(q, batch, **step)
         assert all(same_bits(a, b) for result in results for a, b in zip(result, alone, strict=True))
     assert len({id(made.schedule) for made in shared._made.values()}) == 2, "with a window and without"
+    assert len(cuda._idle_schedules(cuda._shape(run.case.variant, len(LENGTHS), HEADS, batch.pages.device), 0)) == 1
 
 
 LIMITS_OF = {
