@@ -217,9 +217,8 @@ class _Call:
         variant = _variant(q, pages, seq_lens, fmt, out_dtype)
         self.shape = _shape(variant, len(seq_lens), pages.shape[1], q.device)
         self.window = window
-        self._lse = torch.empty((), dtype=torch.float32, device=q.device).expand(
-            q.shape[:2]
-        )  # for empty_like, the fastest
+        one = torch.empty((), dtype=torch.float32, device=q.device)
+        self._lse = one.expand(q.shape[:2])  # for empty_like, a third faster than empty
         self._spare: list[_Params] = []
         self._sizes = (
             pages.stride(0), block_table.stride(0), len(seq_lens), q.shape[0], pages.shape[1], window or 0,
