@@ -1,8 +1,8 @@
-"""Retrieval with the embedded model served by vLLM: what a packed cache loses in the engine, with prompts read in chunks of 512.
+"""Retrieval with the embedded model served by vLLM: what a packed cache loses in the engine, with prompts read in chunks or whole.
 
     python benchmarks/vllm_retrieval.py                   # writes benchmarks/results/vllm-retrieval-<gpu>.json
 
-Every setting and cache dtype has an engine in a process of its own, several at once: they share the GPU.
+Every setting, chunk and cache dtype has an engine in a process of its own, several at once: they share the GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from kvturbo.bench import report, running
-from kvturbo.bench.vllm_retrieval import CACHE_DTYPES, CHUNK, SETTINGS, answers, questions, rows_of
+from kvturbo.bench.vllm_retrieval import CACHE_DTYPES, CHUNKS, SETTINGS, answers, questions, rows_of
 from kvturbo.eval.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,14 +34,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default=",".join(SETTINGS), help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(CACHE_DTYPES), help="cache dtypes; default: %(default)s")
+    parser.add_argument(
+        "--chunks", default=",".join(map(str, CHUNKS)), help="tokens that are read at once; default: %(default)s"
+    )
     parser.add_argument("--questions", type=int, default=2048, help="of each setting (default: 2048)")
     parser.add_argument("--jobs", type=int, default=8, help="engines at once (default: 8)")
     running.add_arguments(parser, "vllm-retrieval", "engine")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        setting, cache_dtype = given.one
-        given.out.write_text(json.dumps(answers(cache_dtype, questions(setting, given.questions, MODEL), MODEL)))
+        setting, chunk, cache_dtype = given.one
+        right = answers(cache_dtype, int(chunk), questions(setting, given.questions, MODEL), MODEL)
+        given.out.write_text(json.dumps(right))
         return 0
     if not torch.cuda.is_available():
         print("this benchmark needs a CUDA GPU", file=sys.stderr)
@@ -50,11 +55,12 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    todo = [(setting, name) for setting in given.settings.split(",") for name in given.dtypes.split(",")]
+    chunks = [int(text) for text in given.chunks.split(",")]
+    todo = list(product(given.settings.split(","), chunks, given.dtypes.split(",")))
     found, failed = measure(todo, given.questions, given.jobs, given.seconds)
     path = given.out or RESULTS / f"vllm-retrieval-{report.gpu_slug()}.json"
     rows = rows_of(found)
-    report.write(path, rows, commit, model=MODEL.name, chunk=CHUNK, failed=failed)
+    report.write(path, rows, commit, model=MODEL.name, failed=failed)
     header = list(rows[0]) if rows else []
     print(table(header, [[str(row[key]) for key in header] for row in rows]))
     for name, text in failed.items():
@@ -64,19 +70,19 @@ def main() -> int:
 
 
 def measure(
-    todo: list[tuple[str, str]], count: int, jobs: int, seconds: float
-) -> tuple[dict[tuple[str, str], list[bool]], dict[str, str]]:
-    """Which questions were answered rightly by every setting and cache dtype, and why engines failed."""
+    todo: list[tuple[str, int, str]], count: int, jobs: int, seconds: float
+) -> tuple[dict[tuple[str, int, str], list[bool]], dict[str, str]]:
+    """Which questions were answered rightly with every setting, chunk and cache dtype, and why engines failed."""
     deadline = time.monotonic() + seconds
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
-    def one(job: tuple[str, str]) -> list[bool] | str:
+    def one(job: tuple[str, int, str]) -> list[bool] | str:
         left = deadline - time.monotonic()
         if left <= 0:
             return "not begun: the time was up"
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "answers.json"
-            command = [sys.executable, __file__, "--one", *job, "--questions", str(count), "--out", str(out)]
+            command = [sys.executable, __file__, "--one", *map(str, job), "--questions", str(count), "--out", str(out)]
             try:
                 done = subprocess.run(
                     command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
@@ -92,7 +98,7 @@ def measure(
     with ThreadPoolExecutor(jobs) as pool:
         results = dict(zip(todo, pool.map(one, todo), strict=True))
     found = {job: result for job, result in results.items() if not isinstance(result, str)}
-    return found, {" ".join(job): result for job, result in results.items() if isinstance(result, str)}
+    return found, {" ".join(map(str, job)): result for job, result in results.items() if isinstance(result, str)}
 
 
 if __name__ == "__main__":

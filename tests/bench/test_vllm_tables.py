@@ -50,10 +50,13 @@ def test_conditions_name_commits_runs_and_failures() -> None:
 
 
 def test_retrieval_is_paired_with_16_bits() -> None:
-    found = {("hard-4k", "auto"): [True, True, False, True], ("hard-4k", "turboquant"): [True, False, True, False]}
-    text = retrieval(FACTS | {"rows": retrieval_rows(found), "model": "kvturbo-12m", "chunk": 512})
-    assert "| hard-4k | 16 bits | 4 | 75.0 % | +0.0 | 0, 0 |" in text
-    assert "| hard-4k | `turboquant` | 4 | 50.0 % | -25.0 | 2, 1 |" in text and "chunks of 512 tokens" in text
+    found = {
+        ("hard-4k", 512, "auto"): [True, True, False, True],
+        ("hard-4k", 512, "turboquant"): [True, False, True, False],
+    }
+    text = retrieval(FACTS | {"rows": retrieval_rows(found), "model": "kvturbo-12m"})
+    assert "| hard-4k | 512 | 16 bits | 4 | 75.0 % | +0.0 | 0, 0 |" in text
+    assert "| hard-4k | 512 | `turboquant` | 4 | 50.0 % | -25.0 | 2, 1 |" in text and "model kvturbo-12m" in text
 
 
 def test_nothing_measured_says_what_measures_it() -> None:

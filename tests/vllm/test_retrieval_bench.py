@@ -49,8 +49,8 @@ def test_questions_come_by_context() -> None:
 
 
 def test_rows_are_paired_with_16_bits() -> None:
-    found = {("hard-4k", "auto"): [True, True, False, True], ("hard-4k", "turboquant"): [True, False, True, False]}
-    rows = rows_of(found)
+    right = {"auto": [True, True, False, True], "turboquant": [True, False, True, False]}
+    rows = rows_of({("hard-4k", 512, name): found for name, found in right.items()})
     assert rows[1]["right"] == 2 and rows[1]["accuracy"] == 0.5 and rows[1]["difference_points"] == -25
     assert (rows[1]["only_16bit_right"], rows[1]["only_this_right"]) == (2, 1)
-    assert rows_of({("hard-4k", "fp8"): [True]})[0]["difference_points"] is None
+    assert rows_of({("hard-4k", 512, "auto"): [True], ("hard-4k", 8192, "fp8"): [True]})[1]["difference_points"] is None

@@ -13,8 +13,8 @@ from kvturbo.eval.retrieval import RetrievalVocab, Sample, get_setting, samples
 
 CACHE_DTYPES = ("auto", "fp8", "turboquant", "kvturbo_k4v4-o16")
 SETTINGS = ("multikey-4k", "multikey-8k", "hard-4k", "hard-8k")
-CHUNK = 512
-"""Tokens that are read at once: all but the last chunk of a context is read from the cache by those that follow."""
+CHUNKS = (512, 8192)
+"""Tokens that are read at once: what was read before a chunk is read from the cache by it. 8,192 is a whole prompt."""
 CONCURRENT = 64
 CACHE_BYTES = 6 << 30
 
@@ -78,7 +78,7 @@ def questions(setting: str, count: int, folder: Path) -> list[Question]:
     return [question for sample in made for question in questions_of(sample, opening)]
 
 
-def answers(cache_dtype: str, asked: Sequence[Question], folder: Path) -> list[bool]:
+def answers(cache_dtype: str, chunk: int, asked: Sequence[Question], folder: Path) -> list[bool]:
     """Which questions an engine answers rightly. Contexts are read in chunks and found again by prefix caching, answers are written
     token by token.
     """
@@ -86,7 +86,7 @@ def answers(cache_dtype: str, asked: Sequence[Question], folder: Path) -> list[b
 
     llm = LLM(
         model=str(folder), kv_cache_dtype=cache_dtype, dtype="bfloat16", skip_tokenizer_init=True, max_model_len=8192,
-        max_num_seqs=CONCURRENT, max_num_batched_tokens=CHUNK, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES,
+        max_num_seqs=CONCURRENT, max_num_batched_tokens=chunk, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES,
         enable_prefix_caching=True, enforce_eager=True, seed=0,
     )  # fmt: skip
     parameters = [
@@ -98,19 +98,19 @@ def answers(cache_dtype: str, asked: Sequence[Question], folder: Path) -> list[b
     return [question.right(output.outputs[0].token_ids) for question, output in zip(asked, outputs, strict=True)]
 
 
-def rows_of(found: Mapping[tuple[str, str], Sequence[bool]]) -> list[dict[str, Any]]:
-    """A row per setting and cache dtype, with the paired difference from 16 bits in points where these were measured.
+def rows_of(found: Mapping[tuple[str, int, str], Sequence[bool]]) -> list[dict[str, Any]]:
+    """A row per setting, chunk and cache dtype, with the paired difference from 16 bits in points where these were measured.
 
     Args:
-        found: whether each question was answered rightly, by setting and cache dtype.
+        found: whether each question was answered rightly, by setting, chunk and cache dtype.
     """
     rows = []
-    for (setting, cache_dtype), right in found.items():
+    for (setting, chunk, cache_dtype), right in found.items():
         row = {
-            "setting": setting, "kv_cache_dtype": cache_dtype, "questions": len(right), "right": sum(right),
+            "setting": setting, "chunk": chunk, "kv_cache_dtype": cache_dtype, "questions": len(right), "right": sum(right),
             "accuracy": sum(right) / len(right),
         }  # fmt: skip
-        base = found.get((setting, "auto"))
+        base = found.get((setting, chunk, "auto"))
         paired: dict[str, float | None] = {"difference_points": None, "only_16bit_right": None, "only_this_right": None}
         if base is not None:
             pairs = list(zip(base, right, strict=True))

@@ -79,17 +79,26 @@ def retrieval(report: Report) -> str:
     """Right answers by setting and cache dtype, and what is said of how they were measured."""
     cells = [
         (
-            row["setting"], NAMES.get(row["kv_cache_dtype"], f"`{row['kv_cache_dtype']}`"), f"{row['questions']:,}",
+            row["setting"], f"{row['chunk']:,}", NAMES.get(row["kv_cache_dtype"], f"`{row['kv_cache_dtype']}`"),
+            f"{row['questions']:,}",
             f"{100 * row['accuracy']:.1f} %", _points(row), _split(row),
         )
         for row in report["rows"]
     ]  # fmt: skip
     if not cells:
         return not_measured(RETRIEVAL_SCRIPT)
-    header = ("setting", "cache", "questions", "right", "points from 16 bits", "right in 16 bits only, here only")
+    header = (
+        "setting",
+        "chunk",
+        "cache",
+        "questions",
+        "right",
+        "points from 16 bits",
+        "right in 16 bits only, here only",
+    )
     note = (
         f"Measured with `{RETRIEVAL_SCRIPT}` on an {report['gpu']}, vLLM {report['versions']['vllm']} on torch "
-        f"{report['versions']['torch']}, model {report['model']}, chunks of {report['chunk']} tokens, commit {report['commit']}."
+        f"{report['versions']['torch']}, model {report['model']}, commit {report['commit']}."
     )
     return "\n\n".join([markdown_table(header, cells), note])
 
