@@ -243,18 +243,25 @@ static void mma16(int* c, unsigned a0, unsigned a1, unsigned b) { multiply<1>(c,
 static void mma32(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   multiply<2>(c, {a0, a1, a2, a3, b0, b1});
 }
-static void mma32_first(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  c[0] = c[1] = c[2] = c[3] = 0;
+template <class S> static void mma16_first(const S& start, int* c, unsigned a0, unsigned a1, unsigned b) {
+  memcpy(c, start.c, 16);
+  mma16(c, a0, a1, b);
+}
+template <class S> static void mma32_first(const S& start, int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  memcpy(c, start.c, 16);
   mma32(c, a0, a1, a2, a3, b0, b1);
 }
 
 static void mma32_weights(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   multiply<2, uint8_t>(c, {a0, a1, a2, a3, b0, b1});
 }
-static void mma32_weights_first(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  c[0] = c[1] = c[2] = c[3] = 0;
+template <class S>
+static void mma32_weights_first(const S& start, int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  memcpy(c, start.c, 16);
   mma32_weights(c, a0, a1, a2, a3, b0, b1);
 }
+
+static unsigned high_half(unsigned m) { return m >> 16 | (m & 0xffff0000u); }
 
 static void copy_async(unsigned to, const void* from) {
   if (backwards) fibers[current].groups.back().push_back({dynamic_shared + to, from});

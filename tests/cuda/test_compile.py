@@ -22,12 +22,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = (BF16, FP16, FP32)
 OTHER_ARCHITECTURES = ("sm_80", "sm_89", "sm_100a", "sm_120a")
 TOLERATED_SPILLS: dict[str, int] = {
-    "sm_90a-decode-k4v3-112-32-float16-float16-16": 128,
-    "sm_90a-decode-k3v2-256-16-bfloat16-bfloat16-8": 8,
-    "sm_90a-decode-k8v4-96-64-float32-bfloat16-16": 32,
-    "sm_90a-decode-lite4-256-64-bfloat16-bfloat16-16": 8,
+    "sm_90a-decode-k4v3-112-32-float16-float16-16": 80,
+    "sm_90a-decode-k8v4-96-64-float32-bfloat16-16": 72,
 }
-"""Bytes of spill stores by the kernel's label: decode with several tiles of rows needs a few registers more than there are."""
+"""Bytes of spill stores by the kernel's label: decode with four tiles of rows needs a few registers more
+than there are between its loops, where the next task's queries are on their way."""
 
 
 class Source(Protocol):

@@ -331,7 +331,7 @@ def prepare(
     Raises:
         TypeError, ValueError: the kernel can't do it.
     """
-    if not len(q) or not len(seq_lens):
+    if not len(q) or not len(seq_lens) or not len(pages):
         return _nothing
     out_dtype = q.dtype if out is None else out.dtype
     run = _Call(q, pages, block_table, seq_lens, out_dtype, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap).run
@@ -358,7 +358,7 @@ def _nothing(
     sinks: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """A call without queries or without sequences."""
+    """A call without queries, sequences or pages (the kernel reads page 0 in place of those that a sequence does not have)."""
     out = torch.zeros_like(q) if out is None else out.zero_()
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     return out, lse if sinks is None else lse.copy_(sinks.expand_as(lse))

@@ -12,8 +12,9 @@
 // V codes, M the channels) the probabilities change places through two shuffles per group: column g wants slots 8 t .. 8 t + 7.
 // A level is i + 1/2 with the int8 i = m or ~m, so a product with q is sum q i + 1/2 sum q: one constant per row.
 //
-// Budget per step of 64 slots, head_dim 128, 4 bits, NT = 1, per warp: 8,448 bytes; 64 units of 8 codes at 9 instructions (8 on the
-// integer pipe), 34 MMA, 32 shared loads, about 13 instructions for each of 8 scores and 3 for each of 16 accumulators.
+// Budget per step of 64 slots, head_dim 128, 4 bits, NT = 1, per warp: 8,448 bytes; 930 instructions: 64 units of 8 codes at 9 (7 on the
+// integer pipe, which takes 2 cycles for each), 32 MMA, 35 shared loads, about 11 for each of 8 scores and 3 for each of 16 accumulators.
+// Two tiles of rows: 1,120, of which 520 on the integer pipe.
 //
 // kvturbo.cuda.source puts common.cuh and its tables before this text.
 
@@ -32,8 +33,11 @@ constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise
 constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
 constexpr float Q_MAX = 32639.f;            // 256 * 127 + 127: hi and lo are signed bytes
 constexpr float P_MAX = 65535.f;            // of a weight: hi and lo are unsigned bytes
+constexpr float EMPTY = -3e38f;             // the reference of a row that has seen nothing
 constexpr float FAR = 1099511627776.f;      // 2^40: how far a sum may grow above its reference
 constexpr float MAGIC = 8388608.f;          // 2^23: adding it leaves an integer in the low mantissa bits
+constexpr float MAGIC_ODD = MAGIC + 46336.f;  // 0x4b00 less modulo 2^16: what the other one's exponent adds
+__constant__ u32 SHIFT_16 = 65536;          // a factor: the compiler would take a constant's multiplication to the integer pipe
 
 struct Params {
   const void* q;              // [T, kv_heads * GROUP, D]
@@ -65,6 +69,7 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
 #endif
 }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }  // tanhf is good to 5e-4 only under fast math
 DEV float rows_max(float x) {  // over the lanes with the same t
   UNROLL for (int h = 4; h < 32; h *= 2) x = max_nan(x, __shfl_xor_sync(~0u, x, h));
   return x;
@@ -77,24 +82,47 @@ DEV void mma32(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-DEV void mma32_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // c = a b
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+struct Start { int c[4]; };  // what accumulators start from
+DEV void mma32_first(const Start& z, int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // c = a b
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(z.c[0]), "r"(z.c[1]), "r"(z.c[2]), "r"(z.c[3]));
 }
 DEV void mma32_weights(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // b: unsigned bytes
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-DEV void mma32_weights_first(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+DEV void mma32_weights_first(const Start& z, int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(z.c[0]), "r"(z.c[1]), "r"(z.c[2]), "r"(z.c[3]));
+}
+DEV void mma16_first(const Start& z, int* c, u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%8,%9,%10};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a0), "r"(a1), "r"(b), "r"(z.c[0]), "r"(z.c[1]), "r"(z.c[2]), "r"(z.c[3]));
 }
 DEV void mma16(int* c, u32 a0, u32 a1, u32 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 
+// ---- sums of products as floats --------------------------------------------------------------------------------------------------------
+// Accumulators start from floats whose last place is worth 256 (columns of hi) and 1 (columns of lo). Adding an integer to the bits of such
+// a float adds as many of its last places, so hi and lo come out of the tensor cores as floats: 256 hi + lo = (c_hi - BIAS) + c_lo, on the
+// floating-point pipe, where conversions would take the integer pipe. It holds for sums below 2^22.
+
+constexpr int HI_START = 0x4f400000, LO_START = 0x4b400000;  // 1.5 * 2^31 and 1.5 * 2^23
+constexpr float BIAS = 3221225472.f + 12582912.f;            // their sum
+static_assert(D * 127 * 128 < 1 << 22 && STEP * 127 * 255 < 1 << 22, "sums of products fit the mantissa");
+DEV float joined(int hi, int lo, float bias) { return (__int_as_float(hi) - bias) + __int_as_float(lo); }
+
 // ---- units -------------------------------------------------------------------------------------------------------------------------
+
+// m >> 16 (the upper half of the result is anything): a multiplication by 1 on the floating-point pipe, exact for nibbles up to 7.
+__constant__ u32 HALF_ONES = 0x3c003c00u;  // not known to the compiler, which would make a shift of it
+DEV u32 high_half(u32 m) {
+  u32 d;
+  asm("{.reg .b16 a,b; .reg .b32 t; mov.b32 {a,b},%1; mov.b32 t,{b,b}; fma.rn.f16x2 %0,t,%2,%3;}" : "=r"(d) : "r"(m), "r"(HALF_ONES), "r"(0x80008000u));
+  return d;
+}
 
 // One lane's units of one octet, decoded one after another; words are loaded when their run begins.
 template <int BITS, bool VALUES> struct Units {
@@ -122,7 +150,7 @@ template <int BITS, bool VALUES> struct Units {
       load_wide(n);
       const u32 m = w[n] & 0x77777777u, v = w[n] << 4;
       b0 = prmt(table[0], table[1], m) ^ prmt(w[n], w[n], 0xBA98);
-      b1 = prmt(table[0], table[1], m >> 16) ^ prmt(v, v, 0xBA98);
+      b1 = prmt(table[0], table[1], high_half(m)) ^ prmt(v, v, 0xBA98);
     } else {
       if (n % 2 == 0) load_wide(n / 2);
       u32 m = (w[n / 2] >> 2 * (n % 2)) & 0x33333333u;
@@ -132,7 +160,7 @@ template <int BITS, bool VALUES> struct Units {
         m |= (n % 4 == 0 ? sign << 2 : n % 4 == 1 ? sign << 1 : n % 4 == 2 ? sign : sign >> 1) & 0x44444444u;
       }
       b0 = prmt(table[0], table[1], m);
-      b1 = prmt(table[0], table[1], m >> 16);
+      b1 = prmt(table[0], table[1], high_half(m));
     }
   }
 };
@@ -181,17 +209,14 @@ struct Ring {
   DEV void advance() { stage += NW; if (stage >= NB) { stage -= NB; use++; } }
   DEV const u8* data() const { return base + stage * STAGE; }
 #if __CUDA_ARCH__ >= 900
-  // Copies `count` pages for a stage's use number `n`; lane i knows the id of page i.
-  DEV void issue(int into, int n, const u8* pages, u32 block_stride, u32 id, int count) const {
+  // Copies a step's pages for a stage's use number `n`.
+  DEV void issue(int into, int n, const u8* pages, u32 block_stride, const u32 (&ids)[PAGES]) const {
     const u32 bar = bar0 + into * 8, to = base0 + into * STAGE;
-    u32 ids[PAGES];
-    UNROLL for (int i = 0; i < PAGES; i++) ids[i] = __shfl_sync(~0u, id, i);
     if (!elect()) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "r"(count * PAGE_BYTES) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "n"(PAGES * PAGE_BYTES) : "memory");
     UNROLL for (int i = 0; i < PAGES; i++)
-      if (i < count)
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
-                     ::"r"(to + i * STRIDE), "l"(pages + (u64)ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
+                   ::"r"(to + i * STRIDE), "l"(pages + (u64)ids[i] * block_stride), "n"(PAGE_BYTES), "r"(bar) : "memory");
     if (!OWNED) filled[into] = n;
   }
   DEV void skip() const {}
@@ -202,11 +227,10 @@ struct Ring {
   }
 #else
   static_assert(OWNED, "a warp waits for its own copies only");
-  DEV void issue(int into, int, const u8* pages, u32 block_stride, u32 id, int count) const {
-    for (int i = 0; i < PAGES; i++) {
-      const u8* source = pages + (u64)__shfl_sync(~0u, id, i) * block_stride;
-      if (i < count)
-        for (int at = (threadIdx.x & 31) * 16; at < PAGE_BYTES; at += 512)
+  DEV void issue(int into, int, const u8* pages, u32 block_stride, const u32 (&ids)[PAGES]) const {
+    UNROLL for (int i = 0; i < PAGES; i++) {
+      const u8* source = pages + (u64)ids[i] * block_stride;
+      for (int at = (threadIdx.x & 31) * 16; at < PAGE_BYTES; at += 512)
           asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(base0 + into * STAGE + i * STRIDE + at), "l"(source + at) : "memory");
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -284,14 +308,14 @@ struct Piece {
     table = p.block_table + (i64)k.sequence * p.table_stride + page0;
     head_pages = p.pages + (i64)k.head * PAGE_BYTES;
   }
-  DEV int page_id(int step, int lane) const {  // lane i's is page i of the step
-    return step < s1 && lane < PAGES && step * PAGES + lane < pages ? table[step * PAGES + lane] : 0;
+  DEV void page_ids(int step, u32 (&ids)[PAGES]) const {  // of a step; page 0 where it has none, whose slots are masked
+    UNROLL for (int i = 0; i < PAGES; i++) ids[i] = step < s1 && step * PAGES + i < pages ? table[step * PAGES + i] : 0;
   }
-  DEV void first_page_ids(int warp, int lane, int (&ids)[OWN]) const { UNROLL for (int i = 0; i < OWN; i++) ids[i] = page_id(s0 + warp + NW * i, lane); }
-  DEV void issue(const Ring& ring, const Params& p, int into, int n, int step, int id) const {
-    if (step < s1) ring.issue(into, n, head_pages, p.block_stride, id, max(0, min(PAGES, pages - step * PAGES))); else ring.skip();
+  DEV void first_page_ids(int warp, u32 (&ids)[OWN][PAGES]) const { UNROLL for (int i = 0; i < OWN; i++) page_ids(s0 + warp + NW * i, ids[i]); }
+  DEV void issue(const Ring& ring, const Params& p, int into, int n, int step, const u32 (&ids)[PAGES]) const {
+    if (step < s1) ring.issue(into, n, head_pages, p.block_stride, ids); else ring.skip();
   }
-  DEV void issue_first(const Ring& ring, const Params& p, int warp, const int (&ids)[OWN]) const {
+  DEV void issue_first(const Ring& ring, const Params& p, int warp, const u32 (&ids)[OWN][PAGES]) const {
     Ring to = ring;
     UNROLL for (int i = 0; i < OWN; i++) {
       if (warp + NW * i < NB) issue(ring, p, to.stage, to.use, s0 + warp + NW * i, ids[i]);
@@ -300,12 +324,19 @@ struct Piece {
   }
 };
 
+// What a lane needs at every step, in shared memory rather than in registers or computed again.
+struct __align__(16) Lane {
+  int from;        // the lane that it gets its first half of weights from; the second comes from from ^ 4
+  u32 pick, swap;  // selectors of the bytes that it sends first, and of those it keeps of the even slots
+  int lane8;       // of its K words
+};
+
 struct Query {                   // of rows t, 4 + t, ...
   u32 b[NT][KSTEPS + KTAIL][2];  // B fragments
   u32 o[NT][2];                  // of the outlier channels
   float scale[NT];               // of a score, in log2 units
   float o_scale[NT];             // of the outlier channels' share
-  float half[NT];                // 1/2 sum q
+  float bias[NT];                // BIAS - 1/2 sum q
   int hi[NT], lo[NT];            // positions the rows see
   DEV bool sees(int m, int slot) const { return slot <= hi[m] && slot >= lo[m]; }
 };
@@ -318,7 +349,7 @@ DEV const u8* own_halves(const u8* data, int plane, int u, int g) {  // 4 bytes 
 }
 
 // Scores of slots j = 2 pair, 2 pair + 1; where FOLDED still to be multiplied by the query's scale.
-template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g, const u32* table, const Query& q, Units<BITS, false>& k,
+template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g, int lane8, const u32* table, const Start& z, const Query& q, const u32 (&qb)[NT][KSTEPS + KTAIL][2], Units<BITS, false>& k,
                                          float (&s)[NT][GROUPS][4]) {
   int c[NT][4];
   u32 low[2][KSTEPS][2];
@@ -329,45 +360,48 @@ template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g,
       if (r >= KSTEPS) {
         const int i = r % KSTEPS;
         UNROLL for (int m = 0; m < NT; m++)
-          if (i) mma32(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
-          else mma32_first(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
+          if (i) mma32(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], qb[m][i][0], qb[m][i][1]);
+          else mma32_first(z, c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], qb[m][i][0], qb[m][i][1]);
       }
     } else {
       u32 even, odd;
       k.unit(n, table, even, odd);
-      UNROLL for (int m = 0; m < NT; m++) mma16(c[m], even, odd, q.b[m][KSTEPS][0]);
+      UNROLL for (int m = 0; m < NT; m++) mma16(c[m], even, odd, qb[m][KSTEPS][0]);
     }
   }
   const u8* scales = own_halves(data, K_SCALE, u, g);
   UNROLL for (int j = 0; j < 2; j++) {
     const float scale = half_at(scales + (2 * pair + j) * 4);
     UNROLL for (int m = 0; m < NT; m++)
-      s[m][u][2 * pair + j] = ((float)(c[m][2 * j] * 256 + c[m][2 * j + 1]) + q.half[m]) * (FOLDED ? scale : scale * q.scale[m]);
+      s[m][u][2 * pair + j] = joined(c[m][2 * j], c[m][2 * j + 1], q.bias[m]) * (FOLDED ? scale : scale * q.scale[m]);
   }
 #if OUTLIERS
   u32 w[4];
-  load_run(run_at<false, OUTLIERS / 4>(own_page(data, u, g) + K_OUTLIERS, (4 * u + (g >> 1)) % OCTETS, (g & 1) * 4 + (threadIdx.x & 3),
+  load_run(run_at<false, OUTLIERS / 4>(own_page(data, u, g) + K_OUTLIERS, (4 * u + (g >> 1)) % OCTETS, lane8,
                                        OUTLIERS == 16 ? 0 : pair * 4, 4), 4, w);
   UNROLL for (int m = 0; m < NT; m++) {
-    int x[4] = {0, 0, 0, 0};
-    if (OUTLIERS == 16) mma16(x, w[2 * pair], w[2 * pair + 1], q.o[m][0]);
-    else mma32(x, w[0], w[2], w[1], w[3], q.o[m][0], q.o[m][1]);
+    int x[4];
+    if (OUTLIERS == 16) mma16_first(z, x, w[2 * pair], w[2 * pair + 1], q.o[m][0]);
+    else mma32_first(z, x, w[0], w[2], w[1], w[3], q.o[m][0], q.o[m][1]);
     UNROLL for (int j = 0; j < 2; j++)
-      s[m][u][2 * pair + j] += (float)(x[2 * j] * 256 + x[2 * j + 1]) * (half_at(own_halves(data, K_OUTLIER_SCALE, u, g) + (2 * pair + j) * 4) * q.o_scale[m]);
+      s[m][u][2 * pair + j] += joined(x[2 * j], x[2 * j + 1], BIAS) * (half_at(own_halves(data, K_OUTLIER_SCALE, u, g) + (2 * pair + j) * 4) * q.o_scale[m]);
   }
 #endif
 }
 
-template <int BITS> DEV void step_scores(const u8* data, int g, int t, const u32* table, const Query& q, float (&s)[NT][GROUPS][4]) {
+template <int BITS> DEV void step_scores(const u8* data, int g, const Lane& own, const u32* table, const Start& z, const Query& q, float (&s)[NT][GROUPS][4]) {
+  const auto& qb = q.b;
+  const int from = own.from, lane8 = own.lane8;
+  g = (from & 3) << 1 | from >> 2 & 1;
   UNROLL for (int u = 0; u < GROUPS; u++) {
     Units<BITS, false> k;
-    k.at(own_page(data, u, g), (4 * u + (g >> 1)) % OCTETS, (g & 1) * 4 + t);
-    UNROLL for (int pair = 0; pair < 2; pair++) pair_scores<BITS>(data, u, pair, g, table, q, k, s);
+    k.at(own_page(data, u, g), (4 * u + (g >> 1)) % OCTETS, lane8);
+    UNROLL for (int pair = 0; pair < 2; pair++) pair_scores<BITS>(data, u, pair, g, lane8, table, z, q, qb, k, s);
   }
 }
 
 struct Softmax {  // of rows t, 4 + t, ...; channels 8 n + g
-  float top[NT], sum[NT], half[NT], acc[NT][UNITS];
+  float top[NT], sum[NT], total[NT], acc[NT][UNITS];
 };
 
 // Soft cap, masks, and new references for the exponentials where asked; scores become multiples of `factor`.
@@ -375,7 +409,7 @@ DEV void prepare_scores(int g, int first_slot, bool masked, bool exact, const Qu
                         float (&s)[NT][GROUPS][4], float (&factor)[NT]) {
   UNROLL for (int m = 0; m < NT; m++) {
     if (p.soft_cap > 0) {
-      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) s[m][u][j] = p.soft_cap * tanhf(s[m][u][j] * factor[m] / p.soft_cap);
+      UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) s[m][u][j] = p.soft_cap * tanh_exact(s[m][u][j] * factor[m] / p.soft_cap);
       factor[m] = 1;
     }
     if (masked)
@@ -383,10 +417,10 @@ DEV void prepare_scores(int g, int first_slot, bool masked, bool exact, const Qu
     if (!exact) continue;
     float top = -INF;
     UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) top = max_nan(top, s[m][u][j]);
-    const float next = max_nan(x.top[m], rows_max(top) * factor[m]), keep = next == -INF ? 1.f : ex2(x.top[m] - next);
+    const float next = max_nan(x.top[m], rows_max(top) * factor[m]), keep = ex2(x.top[m] - next);
     x.top[m] = next;
     x.sum[m] *= keep;
-    x.half[m] *= keep;
+    x.total[m] *= keep;
     UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] *= keep;
   }
 }
@@ -395,18 +429,17 @@ DEV void prepare_scores(int g, int first_slot, bool masked, bool exact, const Qu
 // earlier steps; false, with nothing changed but the scores, if one of them turns out to be too far below: then the scores are to be
 // computed again and passed with `exact`.
 DEV bool weigh(const u8* data, int g, int t, int first_slot, bool masked, bool exact, const Query& q, const Params& p, Softmax& x,
-               float (&s)[NT][GROUPS][4], u32 (&b)[NT][GROUPS][2], float* unit) {
-  float factor[NT], sum[NT];
+               float (&s)[NT][GROUPS][4], u32 (&b)[NT][GROUPS][2], float* unit, const Lane& own) {
+  float factor[NT], sum[NT], total[NT];
   UNROLL for (int m = 0; m < NT; m++) factor[m] = FOLDED ? q.scale[m] : 1.f;
   if (masked || exact || p.soft_cap > 0) prepare_scores(g, first_slot, masked, exact, q, p, x, s, factor);
   bool near = true;
   UNROLL for (int m = 0; m < NT; m++) {
-    const float base = exact && x.top[m] == -INF ? 0.f : x.top[m];
     sum[m] = 0;
     UNROLL for (int u = 0; u < GROUPS; u++) {
       const u8* scales = own_halves(data, V_SCALE, u, g);
       UNROLL for (int j = 0; j < 4; j++) {
-        const float e = ex2(fmaf(s[m][u][j], factor[m], -base));
+        const float e = ex2(fmaf(s[m][u][j], factor[m], -x.top[m]));
         sum[m] += e;
         s[m][u][j] = e * half_at(scales + j * 4);
       }
@@ -416,39 +449,32 @@ DEV bool weigh(const u8* data, int g, int t, int first_slot, bool masked, bool e
   if (masked)  // not e times the scale: the slot may hold anything
     UNROLL for (int m = 0; m < NT; m++) UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++)
       if (!q.sees(m, first_slot + own_slot(u, j, g))) s[m][u][j] = 0;
-  if (!exact && !__all_sync(~0u, near)) return false;
+  const bool usable = exact || __all_sync(~0u, near);
   // Column g of a fragment holds hi (g even) or lo (g odd) of row g / 2. A lane with even g sends hi in the first exchange, one with odd
   // g lo: then every column gets its half of the even slots in one exchange and of the odd slots in the other.
-  const int from = t * 8 + (g >> 1), first = from + (g & 1) * 4, second = from + (1 - (g & 1)) * 4;
-  const u32 low = g & 1 ? 0x1504 : 0x5140, high = g & 1 ? 0x3726 : 0x7362, mine = g & 1 ? 0x5410 : 0x7632, other = g & 1 ? 0x7632 : 0x5410;
+  const Lane at = own;
   UNROLL for (int m = 0; m < NT; m++) {
-    float most = 1e-30f;
-    UNROLL for (int u = 0; u < GROUPS; u++) UNROLL for (int j = 0; j < 4; j++) most = max_nan(most, s[m][u][j]);
-    most = rows_max(most);
-    x.sum[m] += sum[m];
+    float part[GROUPS];
+    UNROLL for (int u = 0; u < GROUPS; u++) part[u] = (s[m][u][0] + s[m][u][1]) + (s[m][u][2] + s[m][u][3]);
+    total[m] = part[0];
+    UNROLL for (int u = 1; u < GROUPS; u++) total[m] += part[u];
+    const float most = rows_max(max_nan(total[m], 1e-30f));
     unit[m] = most * (1.f / P_MAX);
     const float r = __fdividef(P_MAX, most);
     UNROLL for (int u = 0; u < GROUPS; u++) {
-      u32 y[4];  // 2^23 + weight as a float: the integer is in the low two bytes
-      UNROLL for (int j = 0; j < 4; j++) y[j] = __float_as_uint(fmaf(s[m][u][j], r, MAGIC));
-      const u32 y01 = prmt(y[0], y[1], 0x5140), y23 = prmt(y[2], y[3], 0x5140);
-      const u32 a0 = __shfl_sync(~0u, prmt(y01, y23, mine), first), a1 = __shfl_sync(~0u, prmt(y01, y23, other), second);
-      b[m][u][0] = prmt(a0, a1, low);
-      b[m][u][1] = prmt(a0, a1, high);
+      u32 y[4];  // the weight is in the low two bytes
+      UNROLL for (int j = 0; j < 4; j++) y[j] = __float_as_uint(fmaf(s[m][u][j], r, j % 2 ? MAGIC_ODD : MAGIC));
+      const u32 y01 = y[1] * SHIFT_16 + y[0], y23 = y[3] * SHIFT_16 + y[2];
+      const u32 a0 = __shfl_sync(~0u, prmt(y01, y23, at.pick), at.from), a1 = __shfl_sync(~0u, prmt(y01, y23, at.pick ^ 0x1111), at.from ^ 4);
+      b[m][u][0] = prmt(a0, a1, at.swap);
+      b[m][u][1] = prmt(a0, a1, at.swap ^ 0x2222);
     }
   }
-  return true;
+  if (usable) UNROLL for (int m = 0; m < NT; m++) { x.sum[m] += sum[m]; x.total[m] += total[m]; }
+  return usable;
 }
 
-DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&b)[NT][GROUPS][2], const float* unit, Softmax& x) {
-  constexpr u32 ONES = 0x01010101u;
-  UNROLL for (int m = 0; m < NT; m++) {  // 1/2 sum p is the same for all channels: kept apart
-    int c[4];
-    UNROLL for (int u = 0; u < GROUPS; u++)
-      if (u) mma32_weights(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
-      else mma32_weights_first(c, ONES, ONES, ONES, ONES, b[m][u][0], b[m][u][1]);
-    x.half[m] = fmaf((float)(c[0] * 256 + c[1]), 0.5f * unit[m], x.half[m]);
-  }
+DEV void add_values(const u8* data, int g, int t, const u32* table, const Start& z, const u32 (&b)[NT][GROUPS][2], const float* unit, Softmax& x) {
   Units<V_BITS, true> v[GROUPS];
   UNROLL for (int u = 0; u < GROUPS; u++) v[u].at(data + (4 * u + t) / OCTETS * STRIDE, (4 * u + t) % OCTETS, g);
   UNROLL for (int n0 = 0; n0 < UNITS; n0 += 4) {
@@ -459,12 +485,12 @@ DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&
       v[u].unit(n0 + 2 * i + 1, table, odd[0], odd[1]);
       UNROLL for (int m = 0; m < NT; m++)
         if (u) mma32_weights(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
-        else mma32_weights_first(c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
+        else mma32_weights_first(z, c[i][m], even[0], odd[0], even[1], odd[1], b[m][u][0], b[m][u][1]);
     }
     UNROLL for (int i = 0; i < 2; i++) if (n0 + 2 * i < UNITS)
       UNROLL for (int m = 0; m < NT; m++) UNROLL for (int j = 0; j < 2; j++) {
         float& acc = x.acc[m][n0 + 2 * i + j];
-        acc = fmaf((float)(c[i][m][2 * j] * 256 + c[i][m][2 * j + 1]), unit[m], acc);
+        acc = fmaf(joined(c[i][m][2 * j], c[i][m][2 * j + 1], BIAS), unit[m], acc);
       }
   }
 }
@@ -475,7 +501,7 @@ DEV void add_values(const u8* data, int g, int t, const u32* table, const u32 (&
 // the order of the B fragments, and their scales.
 struct Queries {
   u32 b[NT][KSTEPS + KTAIL][32][2], o[NT][OUTLIERS ? 32 : 1][2];
-  float scale[ROWS], o_scale[ROWS], half[ROWS];
+  float scale[ROWS], o_scale[ROWS], bias[ROWS];
 };
 
 DEV float warp_max(float x) {  // of values that are not negative; a NaN wins, as its bits are the largest
@@ -489,23 +515,38 @@ DEV void put_fixed_point(float x, float r, u32* tile, int row, int lane, int& su
   sum += y;
 }
 
-// Loads, rotates and quantises the task's queries, a warp per row.
-DEV void load_queries(const Params& p, const Task& k, Queries& q, float* buf, int warp, int lane) {
-  constexpr int MINE = (ROWS + NW - 1) / NW;
+// A warp's rows of a task's queries, on their way from memory.
+struct Rows {
+  static constexpr int MINE = (ROWS + NW - 1) / NW;
   float x[MINE][E];
 #if OUTLIERS
+  int channel;
   float out[MINE];
-  const int channel = lane < OUTLIERS ? (int)p.outlier_channels[k.head * OUTLIERS + lane] : -1;
 #endif
-  UNROLL for (int i = 0; i < MINE; i++) {
-    const int R = k.row0 + warp + i * NW, qi = R / GROUP;
-    const bool real = qi < k.q_len;
-    const i64 at = ((i64)(k.q_row + qi) * p.kv_heads * GROUP + k.head * GROUP + R % GROUP) * D;
-    UNROLL for (int e = 0; e < E; e++) x[i][e] = real && 32 * e + lane < D ? load_element<Q_TYPE>(p.q, at + 32 * e + lane) : 0.f;
+  DEV void fetch(const Params& p, const Task& k, int warp, int lane) {
 #if OUTLIERS
-    out[i] = real && channel >= 0 ? load_element<Q_TYPE>(p.q, at + channel) : 0.f;
+    channel = lane < OUTLIERS ? (int)p.outlier_channels[k.head * OUTLIERS + lane] : -1;
 #endif
+    UNROLL for (int i = 0; i < MINE; i++) {
+      const int R = k.row0 + warp + i * NW, qi = R / GROUP;
+      const bool real = qi < k.q_len;
+      const i64 at = ((i64)(k.q_row + qi) * p.kv_heads * GROUP + k.head * GROUP + R % GROUP) * D;
+      UNROLL for (int e = 0; e < E; e++) x[i][e] = real && 32 * e + lane < D ? load_element<Q_TYPE>(p.q, at + 32 * e + lane) : 0.f;
+#if OUTLIERS
+      out[i] = real && channel >= 0 ? load_element<Q_TYPE>(p.q, at + channel) : 0.f;
+#endif
+    }
   }
+};
+
+// Rotates and quantises the task's queries, a warp per row.
+DEV void put_queries(const Params& p, const Task& k, Rows& rows, Queries& q, float* buf, int warp, int lane) {
+  constexpr int MINE = Rows::MINE;
+  float (&x)[MINE][E] = rows.x;
+#if OUTLIERS
+  float (&out)[MINE] = rows.out;
+  const int channel = rows.channel;
+#endif
   UNROLL for (int i = 0; i < MINE; i++) {
     const int r = warp + i * NW;
     if (r >= ROWS) break;
@@ -529,7 +570,7 @@ DEV void load_queries(const Params& p, const Task& k, Queries& q, float* buf, in
     sum = __reduce_add_sync(~0u, sum);
     if (lane == 0) {
       q.scale[r] = max_nan(most / Q_MAX * p.scale_log2 * level_unit<K_BITS>(), 1e-30f);  // a masked score times 0 would be NaN
-      q.half[r] = K_BITS == 8 ? 0.f : 0.5f * sum;
+      q.bias[r] = K_BITS == 8 ? BIAS : BIAS - 0.5f * sum;
     }
   }
 }
@@ -541,7 +582,7 @@ DEV void make_query(const Params& p, const Task& k, int start, const Queries& sh
     if (OUTLIERS) { const uint2 x = *(const uint2*)shared.o[m][OUTLIERS ? lane : 0]; q.o[m][0] = x.x; q.o[m][1] = x.y; }
     q.scale[m] = shared.scale[r];
     q.o_scale[m] = OUTLIERS ? shared.o_scale[r] : 0.f;
-    q.half[m] = shared.half[r];
+    q.bias[m] = shared.bias[r];
     q.hi[m] = qi < k.q_len ? k.length - k.q_len + qi : -1;
     q.lo[m] = p.window > 0 ? max(start, q.hi[m] - p.window + 1) : start;
   }
@@ -554,9 +595,8 @@ DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum,
   const int head = k.head * GROUP + R % GROUP;
   const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + head;
   if (p.sinks) {
-    const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), ref = next == -INF ? 0.f : next;
-    const float f = ex2(top - ref);
-    sum = sum * f + ex2(sink - ref);
+    const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), f = ex2(top - next);
+    sum = sum * f + ex2(sink - next);
     UNROLL for (int e = 0; e < E; e++) x[e] *= f;
     top = next;
   }
@@ -569,15 +609,14 @@ DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum,
 
 // Merges n partial results of a row: result i has its O at o + i * stride and (m, l) at ml + i * ml_stride; fixed order.
 template <class F, class W> DEV void merge_row(int n, F value, W weight, float& top, float& sum, float* x, int lane) {
-  top = -INF;
+  top = EMPTY;
   for (int i = lane; i < n; i += 32) top = max_nan(top, weight(i, 0));
   UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
-  const float ref = top == -INF ? 0.f : top;
   sum = 0;
   UNROLL for (int e = 0; e < E; e++) x[e] = 0;
   for (int i0 = 0; i0 < n; i0 += 32) {
     const int mine = i0 + lane;
-    const float f = mine < n ? ex2(weight(mine, 0) - ref) : 0.f;
+    const float f = mine < n ? ex2(weight(mine, 0) - top) : 0.f;
     const float l = mine < n ? f * weight(mine, 1) : 0.f;
     const int count = min(32, n - i0);
 #pragma unroll 8
@@ -595,6 +634,10 @@ struct __align__(16) Shared {
   Place place;
   float top[NW][ROWS], sum[NW][ROWS], buf[ORDER == 1 ? 1 : NW * D];
   int ticket;
+  // Twice, for even and odd lanes: what the compiler knows to be equal in all lanes it copies from a uniform register before each use.
+  u32 tables[2][2][2];
+  Start start[2];
+  Lane lanes[32];
 };
 
 DEV u32 arrive(u32* counter) {  // and see what those who arrived before have written
@@ -642,7 +685,8 @@ DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int
 extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 smem[];
   __shared__ Shared sh;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to the compiler as equal in all lanes, and with it all that steps depend on
   Queries& queries = *(Queries*)(smem + QUERIES_AT);
   float* rows = (float*)smem;  // the warps' results, where their rings were
   const int heads = p.kv_heads * GROUP;
@@ -660,19 +704,29 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     if (i % D == 0) p.lse[i / D] = p.sinks ? p.sinks[i / D % heads] : -INF;
   }
   if (place.at >= place.stop) return;
+  if (threadIdx.x < 32) sh.lanes[lane] = {t * 8 + (g >> 1) + (g & 1) * 4, g & 1 ? 0x6420u : 0x7531u, g & 1 ? 0x1504u : 0x5140u, (g & 1) * 4 + t};
+  if (threadIdx.x == 0) {
+    UNROLL for (int i = 0; i < 2; i++) { level_table<K_BITS>(sh.tables[i][0]); level_table<V_BITS>(sh.tables[i][1]); }
+    UNROLL for (int i = 0; i < 4; i++) sh.start[0].c[i] = sh.start[1].c[i] = i % 2 ? LO_START : HI_START;
+  }
+  __syncthreads();
+  const Start start = sh.start[lane & 1];
   u32 k_table[2], v_table[2];
-  level_table<K_BITS>(k_table);
-  level_table<V_BITS>(v_table);
+  UNROLL for (int i = 0; i < 2; i++) { k_table[i] = sh.tables[lane & 1][0][i]; v_table[i] = K_BITS == V_BITS ? k_table[i] : sh.tables[lane & 1][1][i]; }
   Piece now(p, place);
-  int ids[OWN];
+  u32 ids[OWN][PAGES];
   ring.seek(warp);
-  now.first_page_ids(warp, lane, ids);
+  now.first_page_ids(warp, ids);
+  Rows fetched;
+  fetched.fetch(p, now.k, warp, lane);
   now.issue_first(ring, p, warp, ids);
   bool draws = plan.drawn() && now.begin + now.s1 == place.stop;  // a ticket at the end of its chunk
 
   for (bool more = true; more;) {
-    int step = now.s0 + warp, next_id = now.page_id(step + NB, lane);
-    load_queries(p, now.k, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+    int step = now.s0 + warp;
+    u32 next[PAGES];
+    now.page_ids(step + NB, next);
+    put_queries(p, now.k, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
     if (threadIdx.x == 0) sh.place = place;  // rather than in registers during the steps
     __syncthreads();
     Query q;
@@ -684,36 +738,45 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - now.slot0) / STEP;
     Softmax x;
     UNROLL for (int m = 0; m < NT; m++) {
-      x.top[m] = -INF; x.sum[m] = x.half[m] = 0;
+      x.top[m] = EMPTY; x.sum[m] = x.total[m] = 0;
       UNROLL for (int n = 0; n < UNITS; n++) x.acc[m][n] = 0;
     }
     float s[NT][GROUPS][4];
-    if (step < now.s1) { ring.wait<OWN - 1>(); step_scores<K_BITS>(ring.data(), g, t, k_table, q, s); }
+    if (step < now.s1) { ring.wait<OWN - 1>(); step_scores<K_BITS>(ring.data(), g, sh.lanes[lane], k_table, start, q, s); }
     for (bool exact = true; step < now.s1;) {
       const u8* data = ring.data();
       Ring ahead = ring;
       ahead.advance();
       u32 b[NT][GROUPS][2];
       float unit[NT];
-      const bool done = weigh(data, g, t, now.slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit);
+      const bool done = weigh(data, g, t, now.slot0 + step * STEP, step < inner || step >= outer, exact, q, p, x, s, b, unit, sh.lanes[lane]);
       exact = !done;
       if (done) {
-        if (draws && threadIdx.x == 0 && step + NW >= now.s1) {
+        if (draws && warp == 0 && step + NW >= now.s1 && lane == 0) {
           // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others.
           const Plan again(p);
           sh.ticket = atomicInc(p.counters, again.drawn() + again.ctas - 1);  // 0 after the last
         }
-        add_values(data, g, t, v_table, b, unit, x);
+        add_values(data, g, t, v_table, start, b, unit, x);
         if (step + NW >= now.s1) break;
+#if EARLY
+        __syncwarp();
+        now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
+        now.page_ids(step + NB + NW, next);
+        ahead.wait<OWN - 1>();
+#else
         ahead.wait<OWN - 2>();
+#endif
         data = ahead.data();
       }
-      step_scores<K_BITS>(data, g, t, k_table, q, s);  // of the next step, or of this one again
+      step_scores<K_BITS>(data, g, sh.lanes[lane], k_table, start, q, s);  // of the next step, or of this one again
       if (!done) continue;
+#if !EARLY
       __syncwarp();
-      now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next_id);
-      next_id = now.page_id(step + NB + NW, lane);
-      ring.advance();
+      now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
+      now.page_ids(step + NB + NW, next);
+#endif
+      ring = ahead;
       step += NW;
     }
 
@@ -735,13 +798,13 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       place.read_record(p);
     }
     UNROLL for (int m = 0; m < NT; m++) {
-      const float sum = rows_sum(x.sum[m]);
+      const float sum = rows_sum(x.sum[m]), half = 0.5f * rows_sum(x.total[m]);
       if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
-      UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + x.half[m];
+      UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + half;
     }
     if (more) now = Piece(p, place);
     __syncthreads();
-    if (more) now.first_page_ids(warp, lane, ids);
+    if (more) { now.first_page_ids(warp, ids); fetched.fetch(p, now.k, warp, lane); }
     merge_warps(p, done.k, sh, rows, part, splits == 1, warp, lane);
     if (more) {
 #if __CUDA_ARCH__ >= 900
