@@ -18,7 +18,8 @@ FOLDER = Path(__file__).parent
 FEW_TASKS = 64
 """Sequences times KV heads up to which a kernel of few large CTAs is used."""
 LARGE_CTA = 8
-"""Warps of a CTA that refills a stage after the next step's scores; smaller ones do so before them (1 % faster, large ones 3 % slower)."""
+"""Warps of a CTA that refills a stage after the next step's scores; smaller CTAs do so before them (1 % faster, large ones
+3 % slower)."""
 _RESERVED_BYTES = 1024  # of a CTA, by the driver
 
 
@@ -71,8 +72,8 @@ class Variant:
 
     @property
     def static_shared_bytes(self) -> int:
-        """Static shared memory of a CTA: barriers, what lanes need at every step, tops and sums of the warps' rows, a vector per warp
-        for the Paley matrix."""
+        """Static shared memory of a CTA: barriers, what lanes need at every step, tops and sums of the warps' rows, and a vector
+        per warp for the Paley matrix."""
         vectors = self.warps * self.fmt.head_dim * 4 if factor(self.fmt.head_dim)[0] > 1 else 4
         return -(-(self.stages * 12 + 2 * self.warps * self.rows * 4 + vectors + 640) // 128) * 128
 
