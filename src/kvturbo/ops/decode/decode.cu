@@ -69,7 +69,7 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
 #endif
 }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
-DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }  // tanhf is good to 5e-4 only under fast math
+DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }  // tanhf is tanh.approx under fast math, for which PTX promises 2^-11
 DEV float rows_max(float x) {  // over the lanes with the same t
   UNROLL for (int h = 4; h < 32; h *= 2) x = max_nan(x, __shfl_xor_sync(~0u, x, h));
   return x;
