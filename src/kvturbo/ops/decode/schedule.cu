@@ -4,7 +4,7 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one, of which the rest is cut into up to
+// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one (97 % for more than 8 rows), of which the rest is cut into up to
 // SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Where all tasks are equally
 // long, chunks are whole tasks or equal parts of one if that costs little. Borders depend on lengths only, never on timing.
 //
@@ -72,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
     for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)
       if (longest % n == 0) { big = longest / n; break; }
   if (mean >= 32 * p.min_chunk && longest <= 8 * mean) {
-    big = mean * 92 / 100;
+    const bool heavy = p.rows > 8;  // a step of so many rows takes so long that fewer of them need be drawn, in smaller chunks
+    big = mean * (heavy ? 97 : 92) / 100;
     if (even && big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
     const int rest = total - big * ctas;
-    small = max(8 * p.min_chunk, (rest + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
+    small = max((heavy ? 4 : 8) * p.min_chunk, (rest + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
   }
   if (threadIdx.x == 0) { p.plan[0] = big; p.plan[1] = small; p.plan[2] = total; p.plan[3] = used; p.plan[4] = 8 + 8 * chunks; }
   for (int c = threadIdx.x; c < chunks; c += 1024) {
