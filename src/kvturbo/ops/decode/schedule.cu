@@ -4,9 +4,10 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one (97 % for more than 8 rows), of which the rest is cut into up to
-// SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Where all tasks are equally
-// long, chunks are whole tasks or equal parts of one if that costs little. Borders depend on lengths only, never on timing.
+// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one (97 % for more than 8 rows). The rest
+// is cut into up to SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Where all
+// tasks are equally long, chunks are whole tasks or equal parts of one if that costs little. Borders depend on lengths only, never on
+// timing.
 //
 // plan: [0] big, [1] small, [2] steps in all, [3] rows of q in use, [4] where `cum` lies, [8 ..] a record of 8 ints per chunk (first
 // sequence, steps before it, steps of one of its tasks, first task, its length, rows of q before it, q_len, start), then cum: steps before each
