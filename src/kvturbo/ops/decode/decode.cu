@@ -69,7 +69,8 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
 #endif
 }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
-DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }  // tanhf is tanh.approx under fast math, for which PTX promises 2^-11
+// tanhf is tanh.approx under fast math, for which PTX promises 2^-11.
+DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }
 DEV float rows_max(float x) {  // over the lanes with the same t
   UNROLL for (int h = 4; h < 32; h *= 2) x = max_nan(x, __shfl_xor_sync(~0u, x, h));
   return x;
@@ -349,8 +350,9 @@ DEV const u8* own_halves(const u8* data, int plane, int u, int g) {  // 4 bytes 
 }
 
 // Scores of slots j = 2 pair, 2 pair + 1; where FOLDED still to be multiplied by the query's scale.
-template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g, int lane8, const u32* table, const Start& z, const Query& q, const u32 (&qb)[NT][KSTEPS + KTAIL][2], Units<BITS, false>& k,
-                                         float (&s)[NT][GROUPS][4]) {
+template <int BITS>
+DEV void pair_scores(const u8* data, int u, int pair, int g, int lane8, const u32* table, const Start& z, const Query& q,
+                     Units<BITS, false>& k, float (&s)[NT][GROUPS][4]) {
   int c[NT][4];
   u32 low[2][KSTEPS][2];
   UNROLL for (int r = 0; r < PER_PAIR; r++) {
@@ -360,13 +362,13 @@ template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g,
       if (r >= KSTEPS) {
         const int i = r % KSTEPS;
         UNROLL for (int m = 0; m < NT; m++)
-          if (i) mma32(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], qb[m][i][0], qb[m][i][1]);
-          else mma32_first(z, c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], qb[m][i][0], qb[m][i][1]);
+          if (i) mma32(c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
+          else mma32_first(z, c[m], low[0][i][0], low[1][i][0], low[0][i][1], low[1][i][1], q.b[m][i][0], q.b[m][i][1]);
       }
     } else {
       u32 even, odd;
       k.unit(n, table, even, odd);
-      UNROLL for (int m = 0; m < NT; m++) mma16(c[m], even, odd, qb[m][KSTEPS][0]);
+      UNROLL for (int m = 0; m < NT; m++) mma16(c[m], even, odd, q.b[m][KSTEPS][0]);
     }
   }
   const u8* scales = own_halves(data, K_SCALE, u, g);
@@ -390,13 +392,12 @@ template <int BITS> DEV void pair_scores(const u8* data, int u, int pair, int g,
 }
 
 template <int BITS> DEV void step_scores(const u8* data, int g, const Lane& own, const u32* table, const Start& z, const Query& q, float (&s)[NT][GROUPS][4]) {
-  const auto& qb = q.b;
   const int from = own.from, lane8 = own.lane8;
   g = (from & 3) << 1 | from >> 2 & 1;
   UNROLL for (int u = 0; u < GROUPS; u++) {
     Units<BITS, false> k;
     k.at(own_page(data, u, g), (4 * u + (g >> 1)) % OCTETS, lane8);
-    UNROLL for (int pair = 0; pair < 2; pair++) pair_scores<BITS>(data, u, pair, g, lane8, table, z, q, qb, k, s);
+    UNROLL for (int pair = 0; pair < 2; pair++) pair_scores<BITS>(data, u, pair, g, lane8, table, z, q, k, s);
   }
 }
 
@@ -712,7 +713,10 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   __syncthreads();
   const Start start = sh.start[lane & 1];
   u32 k_table[2], v_table[2];
-  UNROLL for (int i = 0; i < 2; i++) { k_table[i] = sh.tables[lane & 1][0][i]; v_table[i] = K_BITS == V_BITS ? k_table[i] : sh.tables[lane & 1][1][i]; }
+  UNROLL for (int i = 0; i < 2; i++) {
+    k_table[i] = sh.tables[lane & 1][0][i];
+    v_table[i] = K_BITS == V_BITS ? k_table[i] : sh.tables[lane & 1][1][i];
+  }
   Piece now(p, place);
   u32 ids[OWN][PAGES];
   ring.seek(warp);
