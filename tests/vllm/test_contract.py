@@ -364,7 +364,6 @@ def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_
     from types import SimpleNamespace
 
     from kvturbo.vllm.metadata import _prompt_rows
-    from kvturbo.vllm.pieces import Part
 
     starts = torch.tensor([0, 514, 614], dtype=torch.int32)  # 513 and 99 tokens, and the sampled one of each
     common = SimpleNamespace(
@@ -372,7 +371,7 @@ def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_
         seq_lens_cpu_upper_bound=torch.tensor([1025, 99]),
     )  # fmt: skip
     rows = _prompt_rows(common, 0, 0, torch.device("cpu"), 1)  # type: ignore[arg-type]
-    assert [part for piece in rows.pieces for part in piece.parts] == [Part(0, 0, 512)]
+    assert [(piece.sequence, piece.start, piece.stop) for piece in rows.pieces] == [(0, 0, 512)]
 
 
 def test_the_line_at_the_start_names_what_is_packed() -> None:

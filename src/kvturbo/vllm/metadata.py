@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from kvturbo.config import PAGE_SIZES
 from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.warmup import warmup
-from kvturbo.vllm.pieces import PrefixPiece, pieces_of
+from kvturbo.vllm.prefill import PIECE_TOKENS, ROWS_AT_ONCE
 from kvturbo.vllm.report import report
 from kvturbo.vllm.schedules import Schedules
 
@@ -41,6 +41,27 @@ class DecodeRows:
     seq_lens: Tensor
     q_lens: Tensor | None
     schedule: Any
+
+
+@dataclass(frozen=True)
+class PrefixPiece:
+    """A piece of a packed prefix and some rows that see all of it.
+
+    Attributes:
+        first, last: rows of the prompt part of the batch.
+        sequence: row of the block table.
+        start, stop: positions of the prefix.
+        bounds: [2, 2] int32 on the device: (0, rows) and (0, stop - start), where flash attention wants them.
+        ends: whether it is the last piece for these rows.
+    """
+
+    first: int
+    last: int
+    sequence: int
+    start: int
+    stop: int
+    bounds: Tensor
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -164,12 +185,30 @@ def _prompt_rows(
     starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
     lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
     counts = [end - start for start, end in pairwise(starts)]
-    prefixes = [max(0, length + unknown - count) for count, length in zip(counts, lengths, strict=True)]
+    spans: list[tuple[int, int, int, int, int, bool]] = []
+    for i, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=False)):
+        spans += _spans(i, start - first, count, max(0, length + unknown - count))
+    bounds = torch.tensor([[[0, b - a], [0, stop - begin]] for a, b, _, begin, stop, _ in spans], dtype=torch.int32)
+    if spans and device.type == "cuda":
+        bounds = bounds.pin_memory().to(device, non_blocking=True)
+    pieces = [
+        PrefixPiece(a, b, sequence, begin, stop, bounds[i], ends)
+        for i, (a, b, sequence, begin, stop, ends) in enumerate(spans)
+    ]
     return PromptRows(
         first, starts[-1], max(counts), common.query_start_loc[decodes : common.num_reqs + 1] - first,
-        common.block_table_tensor[decodes : common.num_reqs],
-        pieces_of([start - first for start in starts], prefixes, device),
+        common.block_table_tensor[decodes : common.num_reqs], pieces,
     )  # fmt: skip
+
+
+def _spans(sequence: int, row: int, count: int, prefix: int) -> list[tuple[int, int, int, int, int, bool]]:
+    """Rows and positions that are attended at once: (first row, last row, sequence, start, stop, last for these rows)."""
+    return [
+        (a, min(a + ROWS_AT_ONCE, row + count), sequence, begin, min(begin + PIECE_TOKENS, prefix),
+         begin + PIECE_TOKENS >= prefix)
+        for a in range(row, row + count, ROWS_AT_ONCE)
+        for begin in range(0, prefix, PIECE_TOKENS)
+    ]  # fmt: skip
 
 
 def _check_padding(spec: Any) -> None:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from kvturbo import ops
 from kvturbo.config import KVFormat
+from kvturbo.ops.prefix import PIECE_TOKENS
 from kvturbo.quantizer import has_rotated_form
 from kvturbo.rotation import hadamard_matrix, signs
-from kvturbo.vllm.pieces import PIECE_TOKENS, ROWS_AT_ONCE, PrefixPiece
 
 if TYPE_CHECKING:
-    from kvturbo.vllm.metadata import PromptRows
+    from kvturbo.vllm.metadata import PrefixPiece, PromptRows
+
+ROWS_AT_ONCE = 2048
+"""Queries that attend to a piece of a prefix at once."""
 
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """(out, first, its lse, second, its lse, lse of out): attention over both sets of keys; out overlaps neither."""
@@ -144,17 +147,15 @@ class _Prefix:
 
     def add(self, piece: PrefixPiece, pages: Tensor, block_table: Tensor, channels: Tensor | None) -> None:
         """Attends to one more piece."""
-        prompts, count = self._prompts, 0
-        for part in piece.parts:
-            keys = slice(count, count + part.stop - part.start)
-            ops.gather(
-                pages, block_table[part.sequence : part.sequence + 1], part.start, part.stop, fmt=prompts.fmt,
-                rotated=self._rotated, outlier_channels=channels, out=(self._k[None, keys], self._v[None, keys]),
-                backend=prompts.backend,
-            )  # fmt: skip
-            count = keys.stop
+        count, prompts = piece.stop - piece.start, self._prompts
         copies = self._k[:count], self._v[:count]
-        bounds, longest = piece.bounds, piece.longest
+        ops.gather(
+            pages, block_table[piece.sequence : piece.sequence + 1], piece.start, piece.stop, fmt=prompts.fmt,
+            rotated=self._rotated, outlier_channels=channels, out=(copies[0][None], copies[1][None]),
+            backend=prompts.backend,
+        )  # fmt: skip
+        bounds = piece.bounds[0], piece.bounds[1]
+        longest = len(self._query), count
         if self._lse is None:
             self._lse = prompts.flash(self._query, *copies, bounds, longest, False, self._merged)
             return
