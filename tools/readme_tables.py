@@ -74,6 +74,7 @@ SCRIPTS = {
 DOCUMENTS: dict[str, Tables] = {
     "README.md": {
         "fast": (DECODE, bench_tables.fast),
+        "engine": (SERVING, vllm_tables.brief),
         "quality": (QUALITY, comparison.brief),
         "demo": ("demo-cpu.json", demo_table),
         "formats": ("formats.json", formats_table),

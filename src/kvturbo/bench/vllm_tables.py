@@ -1,4 +1,4 @@
-"""Tables of docs/vllm.md, from the results of benchmarks/vllm_serving.py and benchmarks/vllm_retrieval.py."""
+"""Tables of docs/vllm.md and the README, from the results of benchmarks/vllm_serving.py and benchmarks/vllm_retrieval.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ NAMES = {"auto": "16 bits", "fp8": "`fp8`"}
 """What baselines are called; other cache dtypes by their flag."""
 OURS = "turboquant"
 SMALLER_IS_BETTER = ("ms", "GiB")
+BRIEF = ("capacity", "8 sequences", "decode step", "first token", "192 prompts")
+"""How the names of the README's rows begin."""
 
 
 def conditions(report: Report) -> str:
@@ -38,6 +40,12 @@ def _runs(report: Report) -> Mapping[tuple[str, str, str], int]:
         key = value["what"], value["model"], value["kv_cache_dtype"]
         counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def brief(report: Report) -> str:
+    """The figures that users look at first, and on what and with what they were measured."""
+    rows = [row for row in report["rows"] if row["what"].startswith(BRIEF)]
+    return "\n\n".join([serving(report | {"rows": rows}), conditions(report)]) if rows else not_measured(SERVING_SCRIPT)
 
 
 def serving(report: Report) -> str:
