@@ -51,6 +51,7 @@ def read_text(path: Path) -> str:
 def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Runs an evaluation under a progress bar."""
     from kvturbo.eval.caches import PackedReadsError
+    from kvturbo.eval.server import ServerError
 
     with progress(evaluation.prompts(), "evaluating", "prompt") as bar:
 
@@ -60,5 +61,5 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
         try:
             return evaluation.run(advance)
-        except PackedReadsError as error:
+        except (PackedReadsError, ServerError) as error:
             raise CommandFailed(str(error)) from error

@@ -1,8 +1,12 @@
-"""Measure a model with several caches: divergence, perplexity, retrieval.
+"""Measure a model with several caches: divergence, perplexity, retrieval; here or on vLLM servers.
 
 Results go to a JSON file that is rewritten after every prompt. Run the same command again to continue an interrupted run,
 or with more formats or tasks to add to it. An option of a task is set with --set TASK.OPTION=VALUE. Formats of other
 projects, such as vllm-4bit_nc or kivi2, are simulated: their bytes are what they would take.
+
+With --server the same questions go to a vLLM server with a packed cache, and with --reference to one with a 16-bit cache too;
+or to one after the other with the same --out. The task text needs servers that were started with --max-num-batched-tokens N
+--no-enable-prefix-caching, and --server-chunk N.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvturbo.cli import common
+from kvturbo.cli import common, served
 from kvturbo.cli.errors import bad_input
 from kvturbo.cli.output import print_json
 from kvturbo.eval.report import table
@@ -26,9 +30,7 @@ FORMATS = ("16bit", "k4v4", "k4v2", "k2v2")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
-    parser.add_argument(
-        "--formats", nargs="+", default=list(FORMATS), metavar="FORMAT", help=f"default: {' '.join(FORMATS)}"
-    )
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", help=f"default: {' '.join(FORMATS)}")
     parser.add_argument(
         "--plans",
         nargs="+",
@@ -48,34 +50,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="PNG", help="draw divergence and retrieval against bytes per token"
     )
     common.add_window_options(parser)
+    served.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         return _list(arguments.json)
     with bad_input():
-        tasks = build_tasks(arguments.tasks, arguments.set)
+        served.check_options(arguments)
+        tasks = build_tasks(
+            arguments.tasks, served.task_options(arguments) + arguments.set, arguments.server is not None
+        )
         if arguments.plot is not None:
             _check_plot(tasks)
-    from kvturbo.eval.caches import CacheSpec, check_name
-    from kvturbo.eval.planning import PlanSpec
-    from kvturbo.eval.plot import tradeoff
-    from kvturbo.eval.runner import Evaluation
-
-    with bad_input():
-        names = dict.fromkeys(check_name(name) for name in arguments.formats)
-        plans = [PlanSpec.read(path, arguments.recent, arguments.sink) for path in arguments.plans]
     if arguments.text is not None:
         common.read_text(arguments.text)
-    loaded = common.load(arguments, arguments.text)
-    specs = [*(CacheSpec(name, arguments.recent, arguments.sink) for name in names), *plans]
-    with bad_input():
-        for spec in specs:
-            spec.new(loaded)
-        evaluation = Evaluation(loaded, tasks, specs, arguments.out)
+    evaluation = _local(arguments, tasks) if arguments.server is None else served.evaluation(arguments, tasks)
     results = common.run_evaluation(evaluation)
     if arguments.plot is not None:
-        tradeoff(plot_rows(results), arguments.plot, f"{loaded.name}, {loaded.device.type}")
+        from kvturbo.eval.plot import tradeoff
+
+        settings = results["settings"]
+        tradeoff(plot_rows(results), arguments.plot, f"{settings['model']}, {settings['device']}")
     if arguments.json:
         print_json(results)
     else:
@@ -84,22 +80,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_tasks(names: list[str] | None, settings: list[str]) -> dict[str, Any]:
-    """Tasks by name with their options set.
+def _local(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
+    """The evaluation of caches in this process."""
+    from kvturbo.eval.caches import CacheSpec, check_name
+    from kvturbo.eval.planning import PlanSpec
+    from kvturbo.eval.runner import Evaluation
+
+    with bad_input():
+        names = dict.fromkeys(check_name(name) for name in arguments.formats or FORMATS)
+        plans = [PlanSpec.read(path, arguments.recent, arguments.sink) for path in arguments.plans]
+    loaded = common.load(arguments, arguments.text)
+    specs = [*(CacheSpec(name, arguments.recent, arguments.sink) for name in names), *plans]
+    with bad_input():
+        for spec in specs:
+            spec.new(loaded)
+        return Evaluation(loaded, tasks, specs, arguments.out)
+
+
+def build_tasks(names: list[str] | None, settings: list[str], of_servers: bool = False) -> dict[str, Any]:
+    """Tasks by name with their options set; those for servers if `of_servers`.
 
     Raises:
         ValueError: a task or an option is unknown, or a value does not fit; the message lists the choices.
     """
-    from kvturbo.eval.registry import TASKS
+    from kvturbo.eval.registry import SERVED_TASKS, TASKS, Registry
 
-    chosen = names or TASKS.names()
+    registry: Registry[Any] = SERVED_TASKS if of_servers else TASKS
+    chosen = names or registry.names()
     options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for setting in settings:
         task, option, value = _parse(setting)
         if task not in options:
             raise ValueError(f"--set {setting}: task must be one of {', '.join(options)}")
-        options[task][option] = _convert(TASKS.get(task), option, value, setting)
-    return {name: TASKS.get(name)(**options[name]) for name in chosen}
+        options[task][option] = _convert(registry.get(task), option, value, setting)
+    return {name: registry.get(name)(**options[name]) for name in chosen}
 
 
 def plot_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -159,10 +173,19 @@ def _list(as_json: bool) -> int:
 def _text(results: dict[str, Any]) -> str:
     blocks = []
     for name, task in results["tasks"].items():
-        columns = [key for key in next(iter(task["caches"].values())) if key != "prompts"]
-        rows = [(cache, *(_cell(figures[key]) for key in columns)) for cache, figures in task["caches"].items()]
+        rows_of = task["caches"].values()
+        columns = list(
+            dict.fromkeys(key for figures in rows_of for key, value in figures.items() if _shown(key, value))
+        )
+        rows = [
+            (cache, *(_cell(figures.get(key, "-")) for key in columns)) for cache, figures in task["caches"].items()
+        ]
         blocks.append(f"{name} {json.dumps(task['options'])}\n" + table(["cache", *columns], rows))
     return "\n\n".join(blocks)
+
+
+def _shown(key: str, value: Any) -> bool:
+    return key != "prompts" and not isinstance(value, list)
 
 
 def _cell(value: Any) -> str:

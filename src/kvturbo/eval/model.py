@@ -1,48 +1,46 @@
-"""Models to measure: the embedded one, a folder, or one of the hub."""
+"""Models to measure: the embedded one, a folder, or one of the hub; and the prompts that come with them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kvturbo.eval.retrieval import RetrievalVocab
 
+if TYPE_CHECKING:
+    from kvturbo.eval.caches import CacheSpec
+    from kvturbo.eval.registry import Record, Task
+
 EMBEDDED = "kvturbo-12m"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-@dataclass
-class LoadedModel:
-    """A model with its tokenizer, and what tasks need to know of it.
+class PromptSource:
+    """What tasks make prompts of: a tokenizer, a text to score and, where the model has one, a retrieval vocabulary.
 
     Attributes:
         name: the embedded model's name, the folder or the hub id.
-        model, tokenizer: as transformers loaded them; the model is in eval mode.
+        tokenizer: as transformers loaded it.
         folder: where the files lie, None for a model of the hub.
         text_path: the text to score; default: the model's own `heldout.txt`, else the embedded model's.
     """
 
     name: str
-    model: Any
     tokenizer: Any
     folder: Path | None
-    text_path: Path | None = None
-    _channels: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+    text_path: Path | None
 
     @property
     def context(self) -> int | None:
-        """Most tokens that the model takes, or None if its configuration doesn't say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Most tokens that the model takes, or None if nothing says."""
+        raise NotImplementedError
 
     @cached_property
     def text(self) -> np.ndarray:
@@ -66,6 +64,58 @@ class LoadedModel:
             raise FileNotFoundError(f"model {self.name!r} has no retrieval.json, which the retrieval task needs")
         return RetrievalVocab.load(self.folder)
 
+    def _default_text(self) -> Path:
+        folders = [folder for folder in (self.folder, embedded_folder()) if folder is not None]
+        for folder in folders:
+            if (folder / "heldout.txt").is_file():
+                return folder / "heldout.txt"
+        raise FileNotFoundError(f"no text to score: model {self.name!r} has no heldout.txt")
+
+
+@dataclass
+class LoadedModel(PromptSource):
+    """A model with its tokenizer, and what tasks need to know of it.
+
+    Attributes:
+        name, tokenizer, folder, text_path: as in `PromptSource`.
+        model: as transformers loaded it, in eval mode.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    folder: Path | None
+    text_path: Path | None = None
+    _channels: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def settings(self, specs: Sequence[CacheSpec]) -> dict[str, Any]:
+        """The model and the windows: what records must share to be comparable."""
+        windows = sorted({(str(spec.recent), str(spec.sink)) for spec in specs if spec.packed})
+        return {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "text": None if self.text_path is None else str(self.text_path.resolve()),
+            "windows": [{"recent": recent, "sink": sink} for recent, sink in windows],
+        }
+
+    def check(self, task: Task) -> None:
+        """Raises ValueError or FileNotFoundError unless the task can be run with this model."""
+        task.check(self)
+
+    def measure(self, task: Task, todo: Mapping[int, list[CacheSpec]]) -> Iterator[tuple[int, dict[str, Record]]]:
+        """Runs prompts over the caches that each lacks, one after another; yields records by cache name."""
+        for index, specs in todo.items():
+            yield index, task.measure(self, index, specs)
+
     def outlier_channels(self, format: str) -> dict[int, torch.Tensor] | None:
         """Channels that an `-o` format stores apart, chosen from the weights, by layer; None for other formats."""
         if "-o" not in format:
@@ -75,13 +125,6 @@ class LoadedModel:
 
             self._channels[format] = channels_from_weights(self.model, format)
         return self._channels[format]
-
-    def _default_text(self) -> Path:
-        folders = [folder for folder in (self.folder, embedded_folder()) if folder is not None]
-        for folder in folders:
-            if (folder / "heldout.txt").is_file():
-                return folder / "heldout.txt"
-        raise FileNotFoundError(f"no text to score: model {self.name!r} has no heldout.txt")
 
 
 def embedded_folder() -> Path | None:
@@ -108,17 +151,33 @@ def load_model(
         ValueError: the device or the dtype is not one of the choices, or the files hold no causal language model.
     """
     target = _checked_device(device)
-    path, hub_id = _find(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer, path = load_tokenizer(name)
+    source = name if path is None else str(path)
+    from transformers import AutoModelForCausalLM
 
-    source = str(path) if path is not None else hub_id
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, target))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"can't load model {source!r}: {_first_line(error)}") from error
     label = EMBEDDED if name is None else name
     return LoadedModel(label, model.to(target).eval(), tokenizer, path, text)
+
+
+def load_tokenizer(name: str | None) -> tuple[Any, Path | None]:
+    """The tokenizer of a model and the folder where the model lies, None for one of the hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no embedded model.
+        ValueError: the files hold no tokenizer.
+    """
+    path, hub_id = _find(name)
+    from transformers import AutoTokenizer
+
+    source = str(path) if path is not None else hub_id
+    try:
+        return AutoTokenizer.from_pretrained(source), path
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"can't load model {source!r}: {_first_line(error)}") from error
 
 
 def _find(name: str | None) -> tuple[Path | None, str | None]:

@@ -1,7 +1,8 @@
 """Registries of tasks, metrics and baselines: a new one is one file with a decorator on it.
 
-A *task* measures a model with several caches, prompt by prompt. A *metric* compares two caches' logits token by token. A
-*baseline* makes a cache that is not in one of kvturbo's formats, such as the 16-bit one.
+A *task* measures a model with several caches, prompt by prompt; a *served task* asks vLLM servers the same questions. A *metric*
+compares two caches' logits token by token. A *baseline* makes a cache that is not in one of kvturbo's formats, such as the 16-bit
+one.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from kvturbo.eval.caches import CacheSpec
     from kvturbo.eval.codec import Codec
-    from kvturbo.eval.model import LoadedModel
+    from kvturbo.eval.model import LoadedModel, PromptSource
+    from kvturbo.eval.served_model import ServedModel, ServerSpec
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -76,7 +78,7 @@ class Task(Protocol):
     def count(self) -> int:
         """Number of prompts."""
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check(self, loaded: PromptSource) -> None:
         """Raises ValueError or FileNotFoundError unless the task can be run with this model and its text."""
 
     def measure(self, loaded: LoadedModel, index: int, specs: list[CacheSpec]) -> dict[str, Record]:
@@ -84,6 +86,30 @@ class Task(Protocol):
 
     def summarise(self, records: list[Record]) -> dict[str, Any]:
         """The figures of one cache from the records of all prompts."""
+
+
+@runtime_checkable
+class ServedTask(Task, Protocol):
+    """A task whose questions a server can be asked; the same options and prompts, and records without bytes.
+
+    Attributes:
+        alone: whether a server must read one prompt at a time, so that chunks end where its settings say.
+    """
+
+    alone: bool
+
+    def check_served(self, served: ServedModel) -> None:
+        """Raises ValueError unless the servers can be asked so and what they read of a packed cache is known."""
+
+    def ask(self, served: ServedModel, spec: ServerSpec, index: int) -> Record:
+        """Sends prompt `index` to one server.
+
+        Raises:
+            ServerError: it can't be reached or refuses.
+        """
+
+    def compare(self, pairs: list[tuple[Record, Record]]) -> dict[str, Any]:
+        """Figures against the 16-bit cache, from its records and another's of the same prompts."""
 
 
 @dataclass(frozen=True)
@@ -117,5 +143,6 @@ class Baseline:
 
 
 TASKS: Registry[Callable[..., Task]] = Registry("task", "kvturbo.eval.tasks")
+SERVED_TASKS: Registry[Callable[..., ServedTask]] = Registry("task", "kvturbo.eval.served")
 METRICS: Registry[Metric] = Registry("metric", "kvturbo.eval.metrics")
 BASELINES: Registry[Baseline] = Registry("baseline", "kvturbo.eval.baselines")

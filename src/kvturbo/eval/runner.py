@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.model import LoadedModel
-from kvturbo.eval.registry import Record, Task
+from kvturbo.eval.caches import REFERENCE
+from kvturbo.eval.registry import Record, ServedTask, Task
 from kvturbo.eval.report import environment, write_json
 
 Progress = Callable[[str], None]
+
+
+class Spec(Protocol):
+    """A cache that is measured."""
+
+    @property
+    def name(self) -> str:
+        """Its row's name."""
+
+
+class Subject(Protocol):
+    """What is measured: a model in this process (`LoadedModel`) or behind servers (`ServedModel`)."""
+
+    def settings(self, specs: Any) -> dict[str, Any]:
+        """What all records of a journal share; "model" is among it."""
+
+    def check(self, task: Any) -> None:
+        """Raises ValueError or FileNotFoundError unless the task can be run."""
+
+    def measure(self, task: Any, todo: Mapping[int, list[Any]]) -> Iterator[tuple[int, dict[str, Record]]]:
+        """Runs prompts, each over the caches it lacks; yields records by cache name, a prompt's all at once or not."""
 
 
 class Journal:
@@ -50,6 +70,17 @@ class Journal:
             with self.path.open("a") as file:
                 file.write(json.dumps({"task": task, "index": index, "records": new}) + "\n")
 
+    def caches(self, task: str) -> list[str]:
+        """Caches with records of a task, in the order in which they came."""
+        return list(dict.fromkeys(cache for name, _, cache in self._records if name == task))
+
+    def pairs(self, task: str, reference: str, cache: str) -> list[tuple[Record, Record]]:
+        """Records of two caches, of the prompts that both have, in their order."""
+        both = sorted(
+            i for name, i, found in self._records if (name, found) == (task, cache) and self.has(name, i, reference)
+        )
+        return [(self._records[task, i, reference], self._records[task, i, cache]) for i in both]
+
     def records(self, task: str, cache: str) -> list[Record]:
         """Records of a task and a cache in the order of the prompts."""
         found = [(key[1], record) for key, record in self._records.items() if (key[0], key[2]) == (task, cache)]
@@ -74,32 +105,30 @@ class Evaluation:
         tasks: by name.
         specs: the caches, the 16-bit one among them if it is wanted in the results.
         path: the results file, rewritten after every prompt; its journal lies beside it. None: keep results in memory.
+        earlier: whether results have rows of the journal's other caches too.
 
     Raises:
         ValueError, FileNotFoundError: a task can't be run with this model, or the journal was written with other settings.
     """
 
     def __init__(
-        self, loaded: LoadedModel, tasks: Mapping[str, Task], specs: list[CacheSpec], path: Path | None = None
+        self,
+        loaded: Subject,
+        tasks: Mapping[str, Task],
+        specs: Sequence[Spec],
+        path: Path | None = None,
+        *,
+        earlier: bool = False,
     ) -> None:
-        self.loaded, self.tasks, self.specs, self.path = loaded, tasks, specs, path
+        self.loaded, self.tasks, self.specs, self.path, self.earlier = loaded, tasks, specs, path, earlier
         for task in tasks.values():
-            task.check(loaded)
+            loaded.check(task)
         self.journal = Journal(None if path is None else path.with_suffix(".records.jsonl"), self.settings())
         self._environment = environment()
 
     def settings(self) -> dict[str, Any]:
-        """The model and the windows: what all records of a journal share."""
-        model = self.loaded.model
-        windows = sorted({(str(spec.recent), str(spec.sink)) for spec in self.specs if spec.packed})
-        text = None if self.loaded.text_path is None else str(self.loaded.text_path.resolve())
-        return {
-            "model": self.loaded.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "text": text,
-            "windows": [{"recent": recent, "sink": sink} for recent, sink in windows],
-        }
+        """What all records of a journal share."""
+        return self.loaded.settings(self.specs)
 
     def prompts(self) -> int:
         """Prompts of all tasks together."""
@@ -108,12 +137,14 @@ class Evaluation:
     def run(self, progress: Progress = lambda _: None) -> dict[str, Any]:
         """Measures what the journal lacks and returns the results; `progress` gets the task's name after each prompt."""
         for name, task in self.tasks.items():
-            for index in range(task.count()):
-                missing = [spec for spec in self.specs if not self.journal.has(self._key(name), index, spec.name)]
-                if missing:
-                    self.journal.add(self._key(name), index, task.measure(self.loaded, index, missing))
-                    self._write()
+            todo = {index: self._missing(name, index) for index in range(task.count())}
+            for _ in range(task.count() - sum(map(bool, todo.values()))):
                 progress(name)
+            for index, records in self.loaded.measure(task, {i: specs for i, specs in todo.items() if specs}):
+                self.journal.add(self._key(name), index, records)
+                self._write()
+                if not self._missing(name, index):
+                    progress(name)
         self._write()
         return self.results()
 
@@ -126,12 +157,21 @@ class Evaluation:
         return {"environment": self._environment, "settings": self.settings(), "tasks": tasks}
 
     def _caches(self, name: str, task: Task) -> dict[str, Any]:
-        caches = {}
-        for spec in self.specs:
-            records = self.journal.records(self._key(name), spec.name)
-            if records:
-                caches[spec.name] = task.summarise(records) | _sizes(records)
+        key, caches = self._key(name), {}
+        for cache in dict.fromkeys(
+            [spec.name for spec in self.specs] + (self.journal.caches(key) if self.earlier else [])
+        ):
+            if records := self.journal.records(key, cache):
+                caches[cache] = task.summarise(records) | self._compared(key, task, cache) | _facts(records)
         return caches
+
+    def _compared(self, key: str, task: Task, cache: str) -> dict[str, Any]:
+        """Figures of a served task against the 16-bit cache, none without its records; other tasks have theirs in the records."""
+        pairs = self.journal.pairs(key, REFERENCE, cache) if isinstance(task, ServedTask) else []
+        return task.compare(pairs) if isinstance(task, ServedTask) and pairs else {}
+
+    def _missing(self, name: str, index: int) -> list[Spec]:
+        return [spec for spec in self.specs if not self.journal.has(self._key(name), index, spec.name)]
 
     def _key(self, name: str) -> str:
         return f"{name} {json.dumps(options_of(self.tasks[name]), sort_keys=True)}"
@@ -146,10 +186,17 @@ def options_of(task: Task) -> dict[str, Any]:
     return asdict(task)  # type: ignore[call-overload]
 
 
-def _sizes(records: list[Record]) -> dict[str, Any]:
-    tokens, nbytes = (sum(record[key] for record in records) for key in ("cache_tokens", "cache_bytes"))
-    read = sum(record["packed_tokens_read"] for record in records)
-    return {"prompts": len(records), "bytes_per_token": nbytes / tokens, "packed_tokens_read": read}
+def _facts(records: list[Record]) -> dict[str, Any]:
+    """What rows have whatever the task: prompts, bytes where they are known, packed tokens read, servers if there are any."""
+    facts: dict[str, Any] = {"prompts": len(records)}
+    if all("cache_bytes" in record for record in records):
+        tokens, nbytes = (sum(record[key] for record in records) for key in ("cache_tokens", "cache_bytes"))
+        facts["bytes_per_token"] = nbytes / tokens
+    facts["packed_tokens_read"] = sum(record["packed_tokens_read"] for record in records)
+    sources = [record["source"] for record in records if "source" in record]
+    if sources:
+        facts["sources"] = [source for i, source in enumerate(sources) if source not in sources[:i]]
+    return facts
 
 
 def _parsed(path: Path, lines: bytes) -> list[Any]:

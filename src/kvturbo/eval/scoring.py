@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvturbo.eval.caches import REFERENCE, CacheSpec, PackedReadsError, attention_for
-from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.model import LoadedModel, PromptSource
 
 
 @dataclass
@@ -109,7 +109,7 @@ def lock_step(
         yield targets, {run.spec.name: feed(loaded, run, ids[begin:stop]) for run in runs}
 
 
-def passage(loaded: LoadedModel, index: int, count: int, length: int) -> np.ndarray:
+def passage(loaded: PromptSource, index: int, count: int, length: int) -> np.ndarray:
     """`length` tokens of the text, the index-th of `count` evenly spaced passages; the model's start token comes first if it
     has one."""
     begin = index * (len(loaded.text) - length) // max(1, count - 1)

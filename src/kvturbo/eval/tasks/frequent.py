@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.model import LoadedModel, PromptSource
 from kvturbo.eval.registry import TASKS, Record
 from kvturbo.eval.retrieval import RetrievalVocab
 from kvturbo.eval.scoring import feed, start
@@ -56,7 +56,7 @@ class FrequentWordsTask:
     def count(self) -> int:
         return self.prompts
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check(self, loaded: PromptSource) -> None:
         if loaded.context is not None and self.length >= loaded.context:
             raise ValueError(f"length must be below the model's context of {loaded.context}, got {self.length}")
         if len(loaded.text) <= self.text_tokens:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.model import LoadedModel, PromptSource
 from kvturbo.eval.registry import TASKS, Record
 from kvturbo.eval.scoring import Run, feed, passage, start, with_reference
 
@@ -40,7 +40,7 @@ class GenerationTask:
     def count(self) -> int:
         return self.texts
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check(self, loaded: PromptSource) -> None:
         length = self.prefix + self.new
         if loaded.context is not None and length > loaded.context:
             raise ValueError(f"prefix + new must be at most the model's context of {loaded.context}, got {length}")
@@ -53,8 +53,7 @@ class GenerationTask:
         written = {run.spec.name: self._continue(loaded, run, ids[-1:]) for run in runs}
         reference = written[runs[0].spec.name]
         return {
-            run.spec.name: run.facts() | {"agreed": _common_beginning(reference, written[run.spec.name])}
-            for run in runs
+            run.spec.name: run.facts() | {"agreed": common_beginning(reference, written[run.spec.name])} for run in runs
         }
 
     def summarise(self, records: list[Record]) -> dict[str, Any]:
@@ -73,6 +72,7 @@ class GenerationTask:
         return written
 
 
-def _common_beginning(a: list[int], b: list[int]) -> int:
+def common_beginning(a: list[int], b: list[int]) -> int:
+    """Tokens until two continuations of one length differ."""
     differing = torch.tensor(a) != torch.tensor(b)
     return int(differing.nonzero()[0]) if bool(differing.any()) else len(a)

@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any
 
 from kvturbo.eval.caches import CacheSpec
-from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.model import LoadedModel, PromptSource
 from kvturbo.eval.registry import TASKS, Record
-from kvturbo.eval.retrieval import get_setting, samples, score, wilson_interval
+from kvturbo.eval.retrieval import Sample, get_setting, samples, score, wilson_interval
 from kvturbo.eval.scoring import feed, start
 
 
@@ -36,7 +36,7 @@ class RetrievalTask:
     def count(self) -> int:
         return self.prompts
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check(self, loaded: PromptSource) -> None:
         setting = get_setting(self.setting)
         if loaded.context is not None and setting.length > loaded.context:
             raise ValueError(
@@ -47,8 +47,7 @@ class RetrievalTask:
         _ = loaded.retrieval_vocab
 
     def measure(self, loaded: LoadedModel, index: int, specs: list[CacheSpec]) -> dict[str, Record]:
-        drawn = samples(self.setting, index + 1, loaded.text, loaded.retrieval_vocab, self.seed)
-        sample = next(islice(drawn, index, None))
+        sample = self._sample(loaded, index)
         runs = start(loaded, sample.context, specs)
         return {
             run.spec.name: {"correct": score(feed(loaded, run, sample.questions), sample)} | run.facts() for run in runs
@@ -58,3 +57,7 @@ class RetrievalTask:
         correct = [answer for record in records for answer in record["correct"]]
         low, high = wilson_interval(sum(correct), len(correct))
         return {"accuracy": sum(correct) / len(correct), "low": low, "high": high, "questions": len(correct)}
+
+    def _sample(self, loaded: PromptSource, index: int) -> Sample:
+        drawn = samples(self.setting, index + 1, loaded.text, loaded.retrieval_vocab, self.seed)
+        return next(islice(drawn, index, None))

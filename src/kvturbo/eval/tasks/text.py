@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvturbo.eval.caches import REFERENCE, CacheSpec
-from kvturbo.eval.model import LoadedModel
+from kvturbo.eval.model import LoadedModel, PromptSource
 from kvturbo.eval.registry import METRICS, TASKS, Record
 from kvturbo.eval.scoring import lock_step, passage, start, with_reference
 
@@ -39,7 +39,7 @@ class TextTask:
     def count(self) -> int:
         return self.texts
 
-    def check(self, loaded: LoadedModel) -> None:
+    def check(self, loaded: PromptSource) -> None:
         length = self.prefix + self.scored
         if loaded.context is not None and length > loaded.context:
             raise ValueError(f"prefix + scored must be at most the model's context of {loaded.context}, got {length}")
@@ -65,6 +65,6 @@ class TextTask:
             figures["scored_tokens"] = len(joined)
         return figures
 
-    def _passage(self, loaded: LoadedModel, index: int) -> np.ndarray:
+    def _passage(self, loaded: PromptSource, index: int) -> np.ndarray:
         """prefix + scored + 1 tokens, the last one only as a target."""
         return passage(loaded, index, self.texts, self.prefix + self.scored + 1)
