@@ -48,7 +48,10 @@ def test_two_servers_are_compared(evaluate: Any, urls: tuple[str, str], tmp_path
     assert task["options"] == {"texts": 2, "prefix": 64, "scored": 40, "chunk": 64}
     rows = task["caches"]
     assert rows["16bit"]["kl_lower_bound_mean"] == 0 < rows["turboquant"]["kl_lower_bound_mean"]
-    assert rows["turboquant"]["packed_tokens_read"] == 2 * 64 and rows["turboquant"]["sources"][0]["server"] == url
+    assert (
+        rows["turboquant"]["packed_tokens_read_per_layer"] == 2 * 64
+        and rows["turboquant"]["sources"][0]["server"] == url
+    )
 
 
 def test_one_server_after_another_fills_one_table(evaluate: Any, urls: tuple[str, str]) -> None:
@@ -57,7 +60,7 @@ def test_one_server_after_another_fills_one_table(evaluate: Any, urls: tuple[str
     assert first.code == 0 and "turboquant" not in first.out
     out = evaluate("--server", url, "--tasks", "text", *CHUNK, *SMALL).out
     header, _, *rows = [line.split() for line in out.splitlines()[1:5]]
-    assert "kl_lower_bound_p99.9" in header and "packed_tokens_read" in header and "sources" not in header
+    assert "kl_lower_bound_p99.9" in header and "packed_tokens_read_per_layer" in header and "sources" not in header
     assert sorted(row[0] for row in rows) == ["16bit", "turboquant"]
     assert all(len(row) == len(header) for row in rows) and "results.json" in out
 

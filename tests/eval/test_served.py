@@ -90,8 +90,12 @@ def test_perplexity_and_the_bound_are_those_of_the_same_chunks_here(tiny: Loaded
         assert there[row]["perplexity"] == pytest.approx(here[name]["perplexity"], rel=2e-6)
         assert there[row]["scored_tokens"] == 300
     packed = there["turboquant"]
-    assert packed["packed_tokens_read"] * LAYERS == here["k2v2"]["packed_tokens_read"] == 2 * LAYERS * (64 + 128 + 192)
-    assert there["16bit"]["packed_tokens_read"] == 0
+    assert (
+        packed["packed_tokens_read_per_layer"] * LAYERS
+        == here["k2v2"]["packed_tokens_read"]
+        == 2 * LAYERS * (64 + 128 + 192)
+    )
+    assert there["16bit"]["packed_tokens_read_per_layer"] == 0
     assert packed["same_top1"] == here["k2v2"]["same_top1"] < 1
     assert 0 < packed["kl_lower_bound_mean"] < here["k2v2"]["kl_mean"]
     assert packed["kl_lower_bound_p99.9"] <= here["k2v2"]["kl_p99.9"]
@@ -146,7 +150,7 @@ def test_continuations_agree_as_long_as_here(tiny: LoadedModel) -> None:
     there = both(tiny, ServedGeneration(**options), K2V2, 149)
     assert there["turboquant"]["agreed_tokens"] == here["k2v2"]["agreed_tokens"] < 12
     assert there["16bit"]["agreed_tokens"] == 12 and there["16bit"]["identical"] == 1
-    assert there["turboquant"]["packed_tokens_read"] == 3 * sum(range(150, 161))
+    assert there["turboquant"]["packed_tokens_read_per_layer"] == 3 * sum(range(150, 161))
 
 
 def test_frequent_words_are_those_found_here(embedded: LoadedModel) -> None:
@@ -156,7 +160,7 @@ def test_frequent_words_are_those_found_here(embedded: LoadedModel) -> None:
     assert 0 < here["16bit"]["accuracy"] < 1
     for name, row in (("16bit", "16bit"), ("k2v2", "turboquant")):
         assert there[row]["accuracy"] == here[name]["accuracy"]
-    assert there["turboquant"]["packed_tokens_read"] == 3 * 400
+    assert there["turboquant"]["packed_tokens_read_per_layer"] == 3 * 400
     assert there["turboquant"]["difference"] == pytest.approx(here["k2v2"]["accuracy"] - here["16bit"]["accuracy"])
 
 
@@ -199,7 +203,7 @@ def test_wrong_answers_count_as_wrong_and_are_paired(embedded: LoadedModel, monk
     assert (packed["lost"] - packed["gained"]) / 4 == pytest.approx(-packed["difference"])
     begins = [first + 16 * question + place for question in range(4) for place in (6, 11)]
     assert setting.question_length == 16
-    assert packed["packed_tokens_read"] == sum(sum(range(begin, begin + 3)) for begin in begins)
+    assert packed["packed_tokens_read_per_layer"] == sum(sum(range(begin, begin + 3)) for begin in begins)
 
 
 def test_servers_may_come_one_after_another(tiny: LoadedModel, tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_without_a_reference_there_is_no_comparison(tiny: LoadedModel) -> None:
         row = Evaluation(served, {"text": ServedText(**TEXT)}, served.specs).run()["tasks"]["text"]["caches"][
             "turboquant"
         ]
-    assert set(row) == {"nll", "perplexity", "scored_tokens", "prompts", "packed_tokens_read", "sources"}
+    assert set(row) == {"nll", "perplexity", "scored_tokens", "prompts", "packed_tokens_read_per_layer", "sources"}
 
 
 def test_a_failure_keeps_what_came_and_a_new_run_asks_for_the_rest(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kvturbo.eval.caches import CacheSpec
 from kvturbo.eval.model import load_model
 from kvturbo.eval.server import (
     SIXTEEN_BIT_DTYPES,
+    TOP_LOGPROBS,
     Server,
     after_forced_body,
     greedy_body,
@@ -22,6 +24,7 @@ from kvturbo.eval.server import (
 from tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("vllm_python")
+ROOT = Path(__file__).parents[2]
 IDS = [1, 20, 30, 40]
 NAME = "served/model"
 OF_A_MODEL = {
@@ -146,6 +149,23 @@ class TestParsing:
         assert {"id", "max_model_len"} <= ModelCard.model_fields.keys()
         error = ErrorResponse(error=ErrorInfo(message="no", type="BadRequestError", code=400)).model_dump()
         assert error["error"]["message"] == "no"
+
+
+def test_servers_can_be_started_as_the_documents_say() -> None:
+    """The options of docs/vllm.md, read by vLLM's own parser."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    text = (ROOT / "docs" / "vllm.md").read_text()
+    commands = re.findall(r"^vllm serve (\S+) (.*--max-num-batched-tokens.*?)(?: &)?$", text, re.MULTILINE)
+    assert len(commands) == 2
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    for model, options in commands:
+        engine_options = re.sub(r"--port \d+ ?", "", options).split()
+        arguments = parser.parse_args(["--model", model, *engine_options])
+        assert arguments.enable_prefix_caching is False and arguments.logprobs_mode == "raw_logprobs"
+        assert arguments.max_num_batched_tokens == arguments.max_num_seqs == 256
+        assert arguments.max_logprobs == TOP_LOGPROBS
 
 
 def test_the_16_bit_dtypes_are_vllms() -> None:

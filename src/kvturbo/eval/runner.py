@@ -187,12 +187,14 @@ def options_of(task: Task) -> dict[str, Any]:
 
 
 def _facts(records: list[Record]) -> dict[str, Any]:
-    """What rows have whatever the task: prompts, bytes where they are known, packed tokens read, servers if there are any."""
+    """What rows have whatever the task: prompts, bytes where they are known, packed tokens read, and servers if there are any."""
     facts: dict[str, Any] = {"prompts": len(records)}
     if all("cache_bytes" in record for record in records):
         tokens, nbytes = (sum(record[key] for record in records) for key in ("cache_tokens", "cache_bytes"))
         facts["bytes_per_token"] = nbytes / tokens
-    facts["packed_tokens_read"] = sum(record["packed_tokens_read"] for record in records)
+    for key in ("packed_tokens_read", "packed_tokens_read_per_layer"):
+        if all(key in record for record in records):
+            facts[key] = sum(record[key] for record in records)
     sources = [record["source"] for record in records if "source" in record]
     if sources:
         facts["sources"] = [source for i, source in enumerate(sources) if source not in sources[:i]]

@@ -32,7 +32,7 @@ class ServerSpec:
     def record(self, starts: Sequence[int], figures: Record, assumes: str | None = None) -> Record:
         """A record with what every one has beside its figures; `assumes` is what the server can't be asked for."""
         source = self.server.facts() | ({} if assumes is None else {"assumes": assumes})
-        return figures | {"packed_tokens_read": self.packed_tokens(starts), "source": source}
+        return figures | {"packed_tokens_read_per_layer": self.packed_tokens(starts), "source": source}
 
 
 @dataclass
