@@ -46,7 +46,7 @@ class FakeVllm:
         cache_dtype, prefix_caching: as its metrics say; cache_dtype None: no metrics.
         max_model_len, max_logprobs: as vLLM's options.
         refuse: request number -> how it is refused; requests are counted from 1.
-        requests: bodies so far; most_at_once: of requests.
+        requests: bodies so far; most_at_once: of requests; keys: what came as authorization when it was asked what it is.
     """
 
     loaded: LoadedModel
@@ -62,6 +62,7 @@ class FakeVllm:
     refuse: dict[int, Refused] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
+    keys: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock, self._counting, self._now = threading.Lock(), threading.Lock(), 0
@@ -173,8 +174,12 @@ def serving(fake: Any) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            fake.keys.append(self.headers["Authorization"])
             card = {"id": fake.model, "object": "model", "max_model_len": fake.max_model_len}
-            answers = {"/version": {"version": fake.version}, "/v1/models": {"object": "list", "data": [card]}}
+            answers = {
+                "/version": {"version": fake.version} if fake.version else {},
+                "/v1/models": {"object": "list", "data": [card]},
+            }
             if self.path == "/metrics" and fake.cache_dtype is not None:
                 self._send(200, fake.metrics().encode())
             elif self.path in answers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,19 +299,6 @@ def test_what_can_not_be_measured_is_refused(tiny: LoadedModel, change: Any, tas
     assert fake.requests == []
 
 
-def test_cache_dtypes_are_told_or_stated(tiny: LoadedModel) -> None:
-    fake = FakeVllm(tiny, K2V2, 64, cache_dtype=None)
-    with serving(fake) as url:
-        with pytest.raises(ValueError, match="/metrics does not say which --kv-cache-dtype"):
-            Server.connect(url)
-        stated = Server.connect(url + "/v1/", cache_dtype="kvturbo_k2v2")
-        assert (stated.url, stated.cache_dtype, stated.cache_dtype_from) == (url, "kvturbo_k2v2", "stated")
-        fake.cache_dtype = "turboquant"
-        assert Server.connect(url).facts()["kv_cache_dtype_from"] == "/metrics"
-        with pytest.raises(ValueError, match="has --kv-cache-dtype turboquant, not auto"):
-            Server.connect(url, cache_dtype="auto")
-
-
 def test_two_servers_must_make_a_comparison(tiny: LoadedModel) -> None:
     packed, plain = (
         FakeVllm(tiny, K2V2, 64, cache_dtype="turboquant"),
@@ -327,65 +313,6 @@ def test_two_servers_must_make_a_comparison(tiny: LoadedModel) -> None:
             served_by(tiny, url, reference)
         with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
             served_by(tiny, url, concurrency=0)
-
-
-def test_failures_are_one_line(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeVllm(tiny, K2V2, 64, 64, "turboquant", max_logprobs=5)
-    ids = tiny.text[:80].tolist()
-    with serving(fake) as url:
-        server = Server.connect(url)
-        with pytest.raises(ValueError, match="serves no model 'other'; it serves: served/model"):
-            Server.connect(url, "other")
-        with pytest.raises(ServerError, match="HTTP 404: The model `other` does not exist"):
-            replace(server, model="other").generate(ids, 2)
-        with pytest.raises(ServerError, match="HTTP 400: Requested prompt logprobs of 6, .* max allowed: 5"):
-            server.prompt_logprobs(ids, 6, 1)
-        fake.max_model_len = 81
-        with pytest.raises(ServerError, match="HTTP 400: This model's maximum context length is 81"):
-            server.generate(ids, 2)
-        answer = fake.answer(_ := {**_greedy(server, ids), "max_tokens": 1})
-        for change, message in (
-            ({"prompt_logprobs": None}, "gave no prompt_logprobs for the 80 tokens"),
-            ({"token_ids": []}, "wrote 0 tokens instead of 1"),
-            ({"prompt_token_ids": None}, "did not read the 80 token ids"),
-        ):
-            changed = {**answer, "choices": [answer["choices"][0] | change]}
-            monkeypatch.setattr(fake, "answer", lambda _, changed=changed: changed)
-            with pytest.raises(ServerError, match=message):
-                server.prompt_logprobs(ids, 5, 1)
-    with pytest.raises(ServerError, match="can't be reached: .*refused"):
-        server.generate(ids, 2)
-    with pytest.raises(ValueError, match="a URL such as http://localhost:8000, got 'localhost:8000'"):
-        Server.connect("localhost:8000")
-
-
-def _greedy(server: Server, ids: list[int]) -> dict[str, Any]:
-    from kvturbo.eval.server import greedy_body
-
-    return greedy_body(server.model, ids, 1)
-
-
-def test_a_server_that_does_not_answer_is_given_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ServerError, match=r"/version: no answer within 0\.2 s"):
-            Server.connect(url, timeout=0.2)
-
-
-def test_logprobs_after_sampling_are_refused(tiny: LoadedModel) -> None:
-    """With processed logprobs only the one allowed token has any."""
-    fake = FakeVllm(tiny, K2V2, 64, cache_dtype="turboquant")
-    original = fake.answer
-
-    def processed(body: dict[str, Any]) -> dict[str, Any]:
-        answer = original(body)
-        for place in answer["choices"][0]["logprobs"]["top_logprobs"]:
-            place.update({key: -9999.0 for key in place if key != f"token_id:{body['allowed_token_ids'][0]}"})
-        return answer
-
-    fake.answer = processed  # type: ignore[method-assign]
-    with serving(fake) as url, pytest.raises(ServerError, match="--logprobs-mode raw_logprobs"):
-        Server.connect(url).after_forced(tiny.text[:80].tolist(), tiny.retrieval_vocab.copy, 3)
 
 
 def test_scored_runs_cover_what_is_scored(tiny: LoadedModel) -> None:
