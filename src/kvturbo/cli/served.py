@@ -46,7 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"likeliest tokens for the bound of the divergence, at most --max-logprobs (default: {TOP_LOGPROBS})",
     )
     group.add_argument(
-        "--concurrency", type=int, default=CONCURRENCY, metavar="N", help=f"requests at once (default: {CONCURRENCY})"
+        "--concurrency",
+        type=int,
+        default=CONCURRENCY,
+        metavar="N",
+        help=f"requests to a server at once (default: {CONCURRENCY})",
     )
     group.add_argument(
         "--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"of a request (default: {TIMEOUT:g})"
