@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvturbo.bench import report, running
 from kvturbo.bench.decode import CASES, Runner, eager_calls
 from kvturbo.bench.registry import PROVIDERS
@@ -34,11 +32,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
-    if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU", file=sys.stderr)
-        return 2
     try:
-        commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
+        commit = running.checked_commit(given)
         providers = given.providers.split(",")
         cases = [case for group in given.only.split(",") for case in CASES[group]]
         for name in providers:

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvturbo.bench import report, running
 from kvturbo.bench.store import CASES, Runner, eager_calls, store_table
 
@@ -29,11 +27,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
-    if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU", file=sys.stderr)
-        return 2
     try:
-        commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
+        commit = running.checked_commit(given)
     except ValueError as error:
         print(f"{error}", file=sys.stderr)
         return 2

@@ -18,8 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from kvturbo.bench import report, running
 from kvturbo.bench.vllm_retrieval import CACHE_DTYPES, CHUNKS, SETTINGS, answers, questions, rows_of
 from kvturbo.eval.report import table
@@ -47,11 +45,8 @@ def main() -> int:
         right = answers(cache_dtype, int(chunk), questions(setting, given.questions, MODEL), MODEL)
         given.out.write_text(json.dumps(right))
         return 0
-    if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU", file=sys.stderr)
-        return 2
     try:
-        commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
+        commit = running.checked_commit(given)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -62,11 +62,8 @@ def main() -> int:
     if given.jobs:
         engines_process([Job(**job) for job in json.loads(given.jobs)], given.out, given.seconds)
         return 0
-    if not torch.cuda.is_available():
-        print("this benchmark needs a CUDA GPU", file=sys.stderr)
-        return 2
     try:
-        commit = report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
+        commit = running.checked_commit(given)
         without = {name: left_out.split(",") for name, _, left_out in (text.partition(":") for text in given.without)}
         todo = jobs(
             given.models.split(","),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvturbo import KVFormat
 from kvturbo.bench import report
 from kvturbo.bench.decode import CASES, Runner
 from kvturbo.bench.registry import PROVIDERS, Case
-from kvturbo.bench.running import run
+from kvturbo.bench.running import checked_commit, run
 
 SHAPE = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "page_size"}
 KEYS = SHAPE | {"rel_err", "gb_per_s"}
@@ -105,3 +107,9 @@ def test_a_written_file_holds_environment_facts_and_rows(tmp_path: Path) -> None
     assert data["commit"] == "abc" and data["copy_gb_per_s"] == 4.0 and data["rows"] == [{"batch": 1}]
     assert data["versions"]["torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_benchmark_without_a_gpu_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        checked_commit(argparse.Namespace(commit=None, allow_dirty=True))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from kvturbo.bench import report
 from kvturbo.bench.timing import host_us
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends
@@ -29,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, unit: str = "case"
     parser.add_argument("--out", type=Path, help=f"the JSON file; default: results/{name}-<gpu>.json")
     parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
     parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
+
+
+def checked_commit(given: argparse.Namespace) -> str:
+    """The commit that the results of a command line will name.
+
+    Raises:
+        ValueError: there is no GPU, or the tree is not as committed.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("this benchmark needs a CUDA GPU")
+    return report.checked_commit(given.commit, allow_dirty=given.allow_dirty)
 
 
 class Skips:
