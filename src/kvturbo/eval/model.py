@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ EMBEDDED = "kvturbo-12m"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class PromptSource:
+class PromptSource(ABC):
     """What tasks make prompts of: a tokenizer, a text to score and, where the model has one, a retrieval vocabulary.
 
     Attributes:
@@ -38,9 +39,9 @@ class PromptSource:
     text_path: Path | None
 
     @property
+    @abstractmethod
     def context(self) -> int | None:
         """Most tokens that the model takes, or None if nothing says."""
-        raise NotImplementedError
 
     @cached_property
     def text(self) -> np.ndarray:

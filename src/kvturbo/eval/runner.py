@@ -167,8 +167,10 @@ class Evaluation:
 
     def _compared(self, key: str, task: Task, cache: str) -> dict[str, Any]:
         """Figures of a served task against the 16-bit cache, none without its records; other tasks have theirs in the records."""
-        pairs = self.journal.pairs(key, REFERENCE, cache) if isinstance(task, ServedTask) else []
-        return task.compare(pairs) if isinstance(task, ServedTask) and pairs else {}
+        if not isinstance(task, ServedTask):
+            return {}
+        pairs = self.journal.pairs(key, REFERENCE, cache)
+        return task.compare(pairs) if pairs else {}
 
     def _missing(self, name: str, index: int) -> list[Spec]:
         return [spec for spec in self.specs if not self.journal.has(self._key(name), index, spec.name)]

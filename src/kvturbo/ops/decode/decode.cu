@@ -232,7 +232,7 @@ struct Ring {
     UNROLL for (int i = 0; i < PAGES; i++) {
       const u8* source = pages + (u64)ids[i] * block_stride;
       for (int at = (threadIdx.x & 31) * 16; at < PAGE_BYTES; at += 512)
-          asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(base0 + into * STAGE + i * STRIDE + at), "l"(source + at) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(base0 + into * STAGE + i * STRIDE + at), "l"(source + at) : "memory");
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
