@@ -28,6 +28,10 @@ KNOWN = {
 }  # fmt: skip
 
 
+_ONE_PASS = threading.Lock()
+"""Held by a forward pass: servers in one process may share a model, and each cache sets the model's attention for a while."""
+
+
 class Refused(Exception):
     """An answer with an error: HTTP status and message."""
 
@@ -65,7 +69,7 @@ class FakeVllm:
     keys: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._lock, self._counting, self._now = threading.Lock(), threading.Lock(), 0
+        self._counting, self._now = threading.Lock(), 0
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """What `POST /v1/completions` gives."""
@@ -77,7 +81,7 @@ class FakeVllm:
             if number in self.refuse:
                 raise self.refuse[number]
             self._check(body)
-            with self._lock:
+            with _ONE_PASS:
                 return self._completion(body)
         finally:
             with self._counting:

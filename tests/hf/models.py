@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -69,9 +70,13 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-@lru_cache(maxsize=16)
 def tiny(family: str) -> Any:
-    """A random model of a family in fp32; the caller sets the attention implementation."""
+    """A random model of a family in fp32, the caller's own: it may change weights, dtype and attention implementation."""
+    return deepcopy(_made_once(family))
+
+
+@lru_cache(maxsize=16)
+def _made_once(family: str) -> Any:
     config_class, model_class, extra = FAMILIES[family]
     options = COMMON | extra
     if family == "phi3":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ TOLERANCE = 1e-4
 """Of logits of about 3, in fp32."""
 
 
-@lru_cache(maxsize=8)
 def hard(family: str) -> Any:
     """A model whose keys have uneven pairs, queries the inverse, and whose values have a large mean."""
-    model = copy.deepcopy(tiny(family))
+    model = tiny(family)
     generator = torch.Generator().manual_seed(3)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -66,7 +63,7 @@ def test_the_output_stays_and_the_excess_goes(family: str) -> None:
 
 @torch.no_grad()
 def test_only_layers_above_the_limit_are_touched() -> None:
-    model = copy.deepcopy(tiny("llama"))
+    model = tiny("llama")
     model.model.layers[1].self_attn.k_proj.weight[:8] *= 30
     model.model.layers[1].self_attn.k_proj.weight[32:40] *= 30
     model.set_attn_implementation("sdpa")
@@ -80,7 +77,7 @@ def test_only_layers_above_the_limit_are_touched() -> None:
 
 @torch.no_grad()
 def test_a_folded_model_can_be_saved(tmp_path: Path) -> None:
-    model = copy.deepcopy(hard("llama"))
+    model = hard("llama")
     folded = fold(model, moments_of_text(model, IDS))
     folded.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -95,7 +92,7 @@ def test_scales_are_alike_within_a_pair_and_keep_the_level() -> None:
 
 
 def test_channels_nobody_uses_stay() -> None:
-    model = copy.deepcopy(hard("llama"))
+    model = hard("llama")
     with torch.no_grad():
         for name in ("q_proj", "k_proj"):
             getattr(model.model.layers[0].self_attn, name).weight.view(-1, 64, 64)[:, [5, 37]] = 0
@@ -107,7 +104,7 @@ def test_channels_nobody_uses_stay() -> None:
 @torch.no_grad()
 def test_a_constant_that_no_query_sees_is_scaled_away() -> None:
     """As the bias of a hard case: any constant there leaves every score as it is, and quantisation pays for it."""
-    model = copy.deepcopy(tiny("qwen2"))
+    model = tiny("qwen2")
     model.set_attn_implementation("sdpa")
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj):
@@ -124,7 +121,7 @@ def test_a_constant_that_no_query_sees_is_scaled_away() -> None:
 
 
 def test_fused_projections_are_refused() -> None:
-    model = copy.deepcopy(tiny("phi3"))
+    model = tiny("phi3")
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="layer 0 has no q_proj, k_proj, v_proj and o_proj"):
         fold(model, moments_of_text(model, IDS), limit=1.0)

@@ -6,7 +6,6 @@ not on another; so the models compute in fp64. Equal means: the rms difference i
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ def compare(
     family: str, name: str, sizes: list[int] = CHUNKS, *, sink: int = 0, recent: int = 0, channels: Any = None
 ) -> None:
     """Passes the same chunks through both caches and compares."""
-    model = deepcopy(tiny(family)).double()
+    model = tiny(family).double()
     ids = prompt(2, sum(sizes))
     model.set_attn_implementation("sdpa")
     raw = feed(model, DynamicCache(config=model.config), ids, sizes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -15,7 +13,7 @@ from kvturbo.hf.outliers import channels_from_text, channels_from_weights
 
 def biased(pairs: list[int]) -> torch.nn.Module:
     """A Qwen2 whose keys have a large constant bias on some RoPE pairs (i, i + 32) of every head."""
-    model = copy.deepcopy(tiny("qwen2"))
+    model = tiny("qwen2")
     for layer in model.model.layers:
         bias = layer.self_attn.k_proj.bias.data.view(2, 64)
         bias[:] = 0
@@ -49,7 +47,7 @@ def test_outlier_channels_repair_what_the_bias_breaks() -> None:
 
 
 def test_normalised_keys_follow_the_norm() -> None:
-    model = copy.deepcopy(tiny("qwen3"))
+    model = tiny("qwen3")
     pairs = [1, 5, 8, 9, 17, 22, 27, 31]
     for layer in model.model.layers:
         layer.self_attn.k_norm.weight.data[pairs] = 5.0

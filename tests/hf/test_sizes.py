@@ -23,7 +23,6 @@ def test_bytes_are_those_of_the_live_cache(first: str, tokens: int) -> None:
     model.set_attn_implementation("kvturbo")
     cache = TurboCache(model.config, plan=plan)
     feed(model, cache, prompt(1, tokens), [tokens])
-    model.float()
     assert cache_bytes(plan, tokens) == cache.bytes_used
     assert sixteen_bit_bytes(plan, tokens) == cache.sixteen_bit_nbytes()
     assert bits_per_element(plan, tokens) == 16 * cache.bytes_used / cache.sixteen_bit_nbytes()
