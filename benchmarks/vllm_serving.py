@@ -4,7 +4,8 @@
     python benchmarks/vllm_serving.py --models llama-3.1-8b --only start,burst --rounds 1 --add
 
 A process serves all cache dtypes of a model, one engine after another. A row is the median of the rounds. Figures are written as
-they come. An engine that fails is named in the file, with what it said, and the exit code is 1.
+they come. An engine that fails is named in the file, with what it said, and the exit code is 1; what is left is measured in a new
+process, since a failed engine may keep memory or leave the GPU unusable for its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from kvturbo.bench import report, running
+from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +51,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")
     parser.add_argument("--prompts", type=int, default=512, help=f"of {', '.join(LOADS)} (default: 512)")
     parser.add_argument(
-        "--add", action="store_true", help="keep the figures that the file has, of other models or measures"
+        "--add",
+        action="store_true",
+        help="keep what the file has, except older commits' figures of what is measured again",
     )
     parser.add_argument("--log", type=Path, help="a folder for what the engines print")
     running.add_arguments(parser, "vllm", "engine")
@@ -75,50 +79,71 @@ def main() -> int:
         )
         check_plugin()
         path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
-        values = earlier_values(path, torch.cuda.get_device_name()) if given.add else []
+        values, failed = earlier(path, torch.cuda.get_device_name()) if given.add else ([], [])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    failed = measure_all(todo, path, values, commit, given)
-    print(f"wrote {path}: {len(values)} figures, {len(failed)} failures")
-    return 1 if failed else 0
+    failures = measure_all(todo, path, values, failed, commit, given)
+    print(f"wrote {path}: {len(values)} figures, {failures} failures")
+    return 1 if failures else 0
 
 
 def measure_all(
-    todo: Sequence[Sequence[Job]], path: Path, values: list[dict[str, Any]], commit: str, given: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Runs all processes, writes the file after every figure, and returns the failures."""
-    failed: list[dict[str, Any]] = []
-    deadline = time.monotonic() + given.seconds
+    todo: Sequence[Sequence[Job]],
+    path: Path,
+    values: list[dict[str, Any]],
+    failed: list[dict[str, Any]],
+    commit: str,
+    given: argparse.Namespace,
+) -> int:
+    """Runs all processes, writes the file after every figure, and returns how many failures there were.
+
+    Args:
+        todo: the engines of every process.
+        path: the file.
+        values, failed: what it has already; added to.
+        commit: of what is measured.
+        given: the command line.
+    """
+    deadline, count = time.monotonic() + given.seconds, 0
+    names = {(job.model, job.cache_dtype) for engines in todo for job in engines}
+    failed[:] = [line for line in failed if (line["model"], line["kv_cache_dtype"]) not in names]
 
     def take(line: Mapping[str, Any]) -> None:
+        nonlocal count
         if "error" in line:
+            count += 1
             failed.append(dict(line))
             print(f"{line['model']}, {line['kv_cache_dtype']}: {line['error']}", file=sys.stderr, flush=True)
         else:
-            values.append(dict(line) | {"commit": commit})
+            add_value(values, dict(line) | {"commit": commit})
             print("{model}, {kv_cache_dtype}: {what}: {value:,.2f} {unit}".format_map(line), flush=True)
         report.write(path, rows_of(values), commit, failed=failed, values=values)
 
     for engines in todo:
-        left = deadline - time.monotonic()
-        if left > 0:
-            run(engines, left, take, given.log)
-    return failed
+        rest = list(engines)
+        while rest:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                for job in rest:
+                    take({"model": job.model, "kv_cache_dtype": job.cache_dtype, "error": "not begun: the time was up"})
+                break
+            rest = run(rest, left, take, given.log)
+    return count
 
 
-def earlier_values(path: Path, gpu: str) -> list[dict[str, Any]]:
-    """The figures in a file of results; each says its commit.
+def earlier(path: Path, gpu: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures in a file of results, each of which says its commit, and the failures.
 
     Raises:
         ValueError: they are of another GPU.
     """
     if not path.exists():
-        return []
+        return [], []
     found = json.loads(path.read_text())
     if found["gpu"] != gpu:
         raise ValueError(f"{path} is of {found['gpu']}, this is {gpu}: leave --add out")
-    return list(found["values"])
+    return list(found["values"]), list(found["failed"])
 
 
 def check_plugin() -> None:
@@ -129,13 +154,18 @@ def check_plugin() -> None:
 
 def run(
     engines: Sequence[Job], seconds: float, take: Callable[[Mapping[str, Any]], None], log: Path | None = None
-) -> None:
-    """Measures in a process of its own; `take` gets every figure and every failure as it comes."""
+) -> list[Job]:
+    """Measures in a process of its own until an engine fails; `take` gets every figure and every failure as it comes.
+
+    Returns:
+        What is left to measure.
+    """
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    progress = Progress(engines)
     with tempfile.TemporaryDirectory() as temporary:
         folder, deadline = log or Path(temporary), time.monotonic() + seconds
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,23 +173,29 @@ def run(
         out.touch()
         payload = json.dumps([asdict(job) for job in engines])
         command = [sys.executable, __file__, "--jobs", payload, "--out", str(out), "--seconds", str(seconds)]
-        with (folder / f"{engines[0].model}.log").open("w+") as output, out.open() as lines:
+        with (folder / f"{engines[0].model}.log").open("a+") as output, out.open() as lines:
+
+            def read() -> None:
+                for line in _whole_lines(lines):
+                    if progress.note(line):
+                        take(line)
+
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             while process.poll() is None and time.monotonic() < deadline:
-                for line in _whole_lines(lines):
-                    take(line)
+                read()
                 time.sleep(POLL_SECONDS)
             if process.poll() is None:
                 process.kill()
             code = TIMED_OUT if time.monotonic() >= deadline else process.wait()
             process.wait()
-            for line in _whole_lines(lines):
-                take(line)
+            read()
             if code:
                 output.seek(0)
-                names = ", ".join(job.cache_dtype for job in engines)
                 error = f"exit code {code}: {output.read()[-TAIL:]}"
-                take({"model": engines[0].model, "kv_cache_dtype": names, "error": error})
+                line = {"model": engines[0].model, "kv_cache_dtype": progress.names, "error": error}
+                progress.note(line)
+                take(line)
+    return progress.rest()
 
 
 def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
@@ -172,22 +208,25 @@ def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
 
 
 def engines_process(engines: Sequence[Job], out: Path, seconds: float) -> None:
-    """Measures jobs, engine after engine, and appends every figure to a file as it comes; an engine's failure leaves the others."""
+    """Measures jobs, engine after engine, until one fails or the time is up. A file gets a line for every engine and measure that
+    begins, for every figure, and for the failure, as they come.
+    """
     from kvturbo.bench.vllm_engine import measure
 
     start = time.monotonic()
     with out.open("a", buffering=1) as file:
         for job in engines:
-            facts = {"model": job.model, "kv_cache_dtype": job.cache_dtype}
             if time.monotonic() - start > seconds:
-                file.write(json.dumps(facts | {"error": "not begun: the time was up"}) + "\n")
-                continue
+                return
+            facts = {"model": job.model, "kv_cache_dtype": job.cache_dtype}
+            file.write(json.dumps({"engine": job.cache_dtype}) + "\n")
             try:
                 for value in measure(job):
-                    file.write(json.dumps(facts | value) + "\n")
+                    file.write(json.dumps(value if "measure" in value else facts | value) + "\n")
             except Exception as error:
                 traceback.print_exc()
                 file.write(json.dumps(facts | {"error": f"{type(error).__name__}: {str(error)[:TAIL]}"}) + "\n")
+                return
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvturbo.bench import vllm_rows
+from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm_serving.py"
@@ -133,7 +134,7 @@ def test_a_process_that_dies_leaves_its_values_and_its_last_words(
         'open(out, \'w\').write(\'{"what": "capacity", "value": 5, "unit": "tokens"}\\n\')\nsys.exit(\'out of memory\')\n'
     )
     monkeypatch.setattr(script, "__file__", str(fake))
-    found, failure = _run(script)
+    found, failure = _run(script)  # it has not said that an engine began, so none is tried again
     assert found == {"what": "capacity", "value": 5, "unit": "tokens"}
     assert failure["error"].startswith("exit code 1") and "out of memory" in failure["error"]
     assert failure["kv_cache_dtype"] == "auto, fp8"
@@ -147,7 +148,7 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     assert failure["error"].startswith("exit code 124")
 
 
-def test_figures_are_written_as_they_come_and_a_failure_leaves_the_other_engines(
+def test_figures_are_written_as_they_come_and_a_failure_is_the_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvturbo.bench import vllm_engine
@@ -161,17 +162,99 @@ def test_figures_are_written_as_they_come_and_a_failure_leaves_the_other_engines
     out = tmp_path / "values.jsonl"
     _script().engines_process([Job("qwen2.5-7b", name) for name in ("fp8", "auto")], out, 60)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["kv_cache_dtype"] for line in lines] == ["fp8", "fp8", "auto"]
-    assert lines[1]["error"] == "RuntimeError: broken"
+    assert [line.get("kv_cache_dtype") for line in lines] == [None, "fp8", "fp8"]
+    assert lines[2]["error"] == "RuntimeError: broken"
 
 
 def test_figures_of_another_gpu_are_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "vllm.json"
-    assert _script().earlier_values(path, "NVIDIA H200") == []
-    path.write_text(json.dumps({"gpu": "NVIDIA H200", "values": [{"what": "capacity"}]}))
-    assert _script().earlier_values(path, "NVIDIA H200") == [{"what": "capacity"}]
+    assert _script().earlier(path, "NVIDIA H200") == ([], [])
+    path.write_text(json.dumps({"gpu": "NVIDIA H200", "values": [{"what": "capacity"}], "failed": [{"error": "x"}]}))
+    assert _script().earlier(path, "NVIDIA H200") == ([{"what": "capacity"}], [{"error": "x"}])
     with pytest.raises(ValueError, match="is of NVIDIA H200, this is NVIDIA H100"):
-        _script().earlier_values(path, "NVIDIA H100")
+        _script().earlier(path, "NVIDIA H100")
+
+
+def test_a_median_is_of_one_commits_runs() -> None:
+    def value(number: float, commit: str, cache_dtype: str = "auto") -> dict[str, Any]:
+        facts = {"what": "capacity", "model": "qwen2.5-7b", "unit": "tokens"}
+        return facts | {"value": number, "commit": commit, "kv_cache_dtype": cache_dtype}
+
+    values = [value(1, "a"), value(2, "a"), value(3, "a", "fp8")]
+    for new in (value(4, "b"), value(5, "b")):
+        add_value(values, new)
+    assert [old["value"] for old in values] == [3, 4, 5]
+
+
+class Engines:
+    """A measure() whose engines do what they are told to."""
+
+    def __init__(self, failing: dict[str, str]) -> None:
+        self.failing, self.asked = failing, list[str]()
+
+    def __call__(self, job: Job) -> Any:
+        self.asked.append(f"{job.cache_dtype} {','.join(job.measures)}")
+        if self.failing.get(job.cache_dtype) == "construction":
+            raise RuntimeError("broken")
+        for name in job.measures:
+            yield {"measure": name}
+            if self.failing.get(job.cache_dtype) == name:
+                raise RuntimeError("broken")
+            yield {"what": name, "value": 1.0, "unit": "ms"}
+
+
+@pytest.mark.parametrize(
+    "failing, asked",
+    [
+        (
+            {"fp8": "construction"},
+            ["auto start,burst,memory", "fp8 start,burst,memory", "turboquant start,burst,memory"],
+        ),
+        ({"fp8": "start"}, ["auto start,burst,memory", "fp8 start,burst,memory", "turboquant start,burst,memory"]),
+        (
+            {"fp8": "burst"},
+            ["auto start,burst,memory", "fp8 start,burst,memory", "fp8 memory", "turboquant start,burst,memory"],
+        ),
+        (
+            {"turboquant": "memory"},
+            ["auto start,burst,memory", "fp8 start,burst,memory", "turboquant start,burst,memory"],
+        ),
+    ],
+)
+def test_what_is_left_when_an_engine_fails_is_measured_in_a_new_process(
+    failing: dict[str, str], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvturbo.bench import vllm_engine
+
+    script, engines = _script(), Engines(failing)
+    monkeypatch.setattr(vllm_engine, "measure", engines)
+    failures: list[dict[str, Any]] = []
+    [rest] = jobs(["qwen2.5-7b"], ["auto", "fp8", "turboquant"], ["start", "burst", "memory"])
+    while rest:
+        (out := tmp_path / "values.jsonl").unlink(missing_ok=True)
+        script.engines_process(rest, out, 60)
+        progress = Progress(rest)
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        failures += [line for line in lines if progress.note(line) and "error" in line]
+        rest = progress.rest()
+    assert engines.asked == asked
+    assert [line["kv_cache_dtype"] for line in failures] == list(failing)
+
+
+def test_engines_that_are_not_begun_when_the_time_is_up_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = _script()
+    monkeypatch.setattr(script.report, "write", lambda *arguments, **options: None)
+    [engines] = jobs(["qwen2.5-7b"], ["auto", "fp8"], ["start"])
+    failed = [{"model": "qwen2.5-7b", "kv_cache_dtype": name, "error": "old"} for name in ("fp8", "turboquant")]
+    given = SimpleNamespace(seconds=-1.0, log=None)
+    assert script.measure_all([engines], tmp_path / "x.json", [], failed, "a", given) == 2
+    assert [(line["kv_cache_dtype"], line["error"]) for line in failed] == [
+        ("turboquant", "old"),
+        ("auto", "not begun: the time was up"),
+        ("fp8", "not begun: the time was up"),
+    ]
 
 
 def test_graph_sizes_are_read_from_the_log_whatever_its_handlers_are() -> None:

@@ -211,7 +211,7 @@ def _cache_bytes(worker: Any) -> int:
 
 
 def measure(job: Job) -> Iterator[Value]:
-    """Every figure of a job's engine: `what`, `value`, `unit`, as they come.
+    """Every figure of a job's engine: `what`, `value`, `unit`, as they come; before those of a measure, its name: `measure`.
 
     Raises:
         RuntimeError: the engine did not do what a figure stands for.
@@ -220,6 +220,7 @@ def measure(job: Job) -> Iterator[Value]:
     try:
         engine.seconds([engine.prompt(2048) for _ in range(4)], 16, 4)
         for name in job.measures:
+            yield {"measure": name}
             yield from _MEASURES[name](engine)
     finally:
         engine.close()

@@ -1,0 +1,68 @@
+"""How far a run of benchmarks/vllm_serving.py has come: what is left when an engine fails, and which figures new ones replace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvturbo.bench.vllm_rows import Job
+
+
+@dataclass
+class Progress:
+    """How far a process of benchmarks/vllm_serving.py has come, as its lines tell.
+
+    Attributes:
+        engines: its jobs.
+        begun: how many of them have begun.
+        measure: the last one's present measure, if any.
+        values: figures of the last one so far.
+        failed: whether the last one failed.
+    """
+
+    engines: Sequence[Job]
+    begun: int = 0
+    measure: str | None = None
+    values: int = 0
+    failed: bool = False
+
+    def note(self, line: Mapping[str, Any]) -> bool:
+        """Notes a line; returns whether it is for others to take: a figure or a failure."""
+        if "engine" in line:
+            self.begun, self.measure, self.values = self.begun + 1, None, 0
+        elif "measure" in line:
+            self.measure = line["measure"]
+        else:
+            self.failed = "error" in line
+            self.values += not self.failed
+        return not {"engine", "measure"} & set(line)
+
+    @property
+    def names(self) -> str:
+        """Cache dtype of the engine that is at work, of all if none has begun."""
+        at_work = self.engines[self.begun - 1 : self.begun] if self.begun else self.engines
+        return ", ".join(job.cache_dtype for job in at_work)
+
+    def rest(self) -> list[Job]:
+        """What is left to measure: the measures after the one that failed, if the engine has given figures, and later engines.
+        Nothing if no engine has begun: that would fail again.
+        """
+        if not self.begun:
+            return []
+        last, later = self.engines[self.begun - 1], list(self.engines[self.begun :])
+        if self.failed and self.values and self.measure:
+            measures = last.measures[last.measures.index(self.measure) + 1 :]
+            later = [replace(last, measures=measures)] * bool(measures) + later
+        return later
+
+
+def add_value(values: list[dict[str, Any]], value: dict[str, Any]) -> None:
+    """Adds a figure, and drops those of other commits that it replaces: a median is of one commit's runs."""
+
+    def replaced(old: Mapping[str, Any]) -> bool:
+        return old["commit"] != value["commit"] and all(
+            old[name] == value[name] for name in ("what", "model", "kv_cache_dtype")
+        )
+
+    values[:] = [*(old for old in values if not replaced(old)), value]
