@@ -60,8 +60,8 @@ class Engine:
             rows = slice(row, row + count)
             self.k[sequence] = torch.cat((self.k[sequence], k[rows].float()))
             self.v[sequence] = torch.cat((self.v[sequence], v[rows].float()))
-            raw = metadata.prompts is not None and row >= metadata.prompts.first
-            errors.append(relative_error(out[rows], self._wanted(q[rows], sequence, length, raw)))
+            decoded = count if metadata.prompts is None else min(count, max(0, metadata.prompts.first - row))
+            errors.append(relative_error(out[rows], self._wanted(q[rows], sequence, length, decoded)))
             row += count
         return errors
 
@@ -85,20 +85,59 @@ class Engine:
             block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=lens,
         )  # fmt: skip
 
-    def _wanted(self, q: Tensor, sequence: int, before: int, raw: bool) -> Tensor:
+    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int) -> Tensor:
+        """Attention of rows after `before` tokens, of which so many were decoded: they see themselves packed."""
+        return self._attention(q, sequence, 0, before, before + len(q), raw=not decoded)
+
+    def _attention(self, q: Tensor, sequence: int, start: int, before: int, stop: int, raw: bool) -> Tensor:
+        """Attention over tokens start..stop, the last of which, from `before` on, are the rows' own."""
         sides = []
         for side, x in (("k", self.k[sequence]), ("v", self.v[sequence])):
             packed = through_codec(x, self.impl.fmt, side, self.impl._channels)  # type: ignore[arg-type]
-            sides.append(torch.cat((packed[:before], x[before:].double())) if raw else packed)
+            mixed = torch.cat((packed[:before], x[before:].double())) if raw else packed
+            sides.append(mixed[start:stop])
         options = {"soft_cap": self.impl.soft_cap, "sinks": self.impl._sinks}
-        return attention_oracle(q, *sides, scale=SCALE, first=before, **options)[0]  # type: ignore[arg-type]
+        return attention_oracle(q, *sides, scale=SCALE, first=before - start, **options)[0]  # type: ignore[arg-type]
+
+
+class LocalEngine(Engine):
+    """The same with attention in local chunks, as Llama 4 has it: a token sees nothing before its chunk."""
+
+    CHUNK = 64
+
+    def __init__(self, **options: Any) -> None:
+        from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+        from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+
+        super().__init__(**options)
+        spec = self.builder.kv_cache_spec
+        same = {name: getattr(spec, name) for name in ("block_size", "num_kv_heads", "head_size", "dtype")}
+        local = ChunkedLocalAttentionSpec(
+            **same, kv_quant_mode=spec.kv_quant_mode, state_content_bytes=spec.state_content_bytes,
+            attention_chunk_size=self.CHUNK,
+        )  # fmt: skip
+        backend = create_chunked_local_attention_backend(self.layer.get_attn_backend(), self.CHUNK)
+        self.builder = backend.get_builder_cls()(local, self.builder.layer_names, self.config, torch.device("cpu"))
+
+    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int) -> Tensor:
+        parts, position, last = [], before, before + len(q)
+        while position < last:
+            stop = min(last, (position // self.CHUNK + 1) * self.CHUNK)
+            rows, start = q[position - before : stop - before], position // self.CHUNK * self.CHUNK
+            raw = position - before >= decoded
+            parts.append(self._attention(rows, sequence, start, position, stop, raw))
+            position = stop
+        return torch.cat(parts)
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, vllm_python: None) -> None:
+    from vllm.utils import torch_utils
+
     from kvturbo.vllm import attention, engine, metadata, prefill
 
     torch.manual_seed(0)
+    monkeypatch.setattr(torch_utils, "PIN_MEMORY", False)
     monkeypatch.setattr(engine, "flash_attention", lambda head_size, scale, cap: flash(scale, cap))
     monkeypatch.setattr(engine, "merge", merge)
     monkeypatch.setattr(attention.PackedAttention, "backend", "reference")
@@ -165,6 +204,28 @@ def test_sinks_and_soft_caps_reach_both_paths() -> None:
     errors = engine.step([(0, 30), (1, 70)])
     errors += engine.step([(0, 1), (1, 50)])
     assert max(errors) < BOUND, errors
+
+
+def test_local_attention_sees_its_chunk_and_nothing_before() -> None:
+    engine = LocalEngine()
+    errors = engine.step([(0, 30), (1, 150)])
+    errors += engine.step([(0, 1), (2, 63), (1, 50)])  # the chunk's end lies within the last one's tokens
+    errors += engine.step([(0, 1), (1, 1), (2, 1)])
+    errors += engine.step([(2, 66)])  # sequence 2 has 64 tokens: one chunk is full
+    assert max(errors) < BOUND, errors
+
+
+def test_drafts_beyond_a_local_chunk_are_verified_in_two_parts() -> None:
+    engine = LocalEngine(**_drafting(), max_num_seqs=3)
+    engine.step([(0, 62), (1, 63), (2, 61)])
+    assert max(engine.step([(0, 4), (1, 4), (2, 4)])) < BOUND
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    engine = Engine()
+    common = dataclasses.replace(engine._common([(0, 5)], torch.arange(5), 0), causal=False)
+    with pytest.raises(NotImplementedError, match="not causal is not supported \\(causal=False\\)"):
+        engine.builder.build(0, common)
 
 
 def test_measuring_memory_takes_the_workspace_and_gives_zeros() -> None:

@@ -134,7 +134,7 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
             lse = self._prompts_on(query.device).attend(q, k, v, pages, rows, self._channels, out)
             if self._sinks is not None:  # a logit without a value: it takes its share of the weight
                 share = torch.sigmoid(lse - self._sinks[:, None])
-                out.copy_(out * share.T[:, :, None])
+                out.mul_(share.T[:, :, None])  # in place: no copy in fp32
         return output
 
     def _decode(self, query: Tensor, pages: Tensor, metadata: PackedMetadata, output: Tensor) -> None:

@@ -84,9 +84,9 @@ class PromptRows:
     pieces: list[PrefixPiece]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedMetadata:
-    """One step: the rows that are decoded, and the prompts; either may be None."""
+    """One step: the rows that are decoded, and the prompts; either may be None. Wrappers of the builder in vLLM set more on it."""
 
     decode: DecodeRows | None
     prompts: PromptRows | None
@@ -126,6 +126,10 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         for layer in self.layers:
             layer.impl.prepare(layer, vllm_config, device)
         most = vllm_config.scheduler_config.max_num_seqs
+        if getattr(
+            kv_cache_spec, "attention_chunk_size", None
+        ):  # local attention: a chunk may end within a sequence's new tokens
+            most *= 2
         dtype = vllm_config.model_config.dtype
         warmup(
             first.fmt, num_q_heads=first.num_heads, num_kv_heads=first.num_kv_heads, page_size=kv_cache_spec.block_size,
@@ -151,7 +155,16 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PackedMetadata:
-        """The metadata of a step; refreshes the plan of splits on the current stream, without a synchronisation."""
+        """The metadata of a step; refreshes the plan of splits on the current stream, without a synchronisation.
+
+        Raises:
+            NotImplementedError: new tokens are to see those after them.
+        """
+        if common_attn_metadata.causal is not True:
+            raise NotImplementedError(
+                f"kvturbo: attention that is not causal is not supported (causal={common_attn_metadata.causal}); use "
+                "--kv-cache-dtype auto"
+            )
         decodes, prompts, decode_tokens, _ = split_decodes_and_prefills(
             common_attn_metadata, decode_threshold=self.max_q_len
         )
