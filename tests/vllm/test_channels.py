@@ -60,12 +60,13 @@ def test_a_constant_bias_decides(tmp_path: Path) -> None:
     assert chosen.tolist() == wanted and chosen.dtype == torch.int64
 
 
-def _chosen(folder: Path, heads: int, ranks: int, rank: int) -> torch.Tensor:
-    count = max(1, heads // ranks)
+def _chosen(folder: Path, heads: int, ranks: int, rank: int, model_type: str = "qwen2") -> torch.Tensor:
+    count, config = max(1, heads // ranks), _config(folder, heads, ranks)
+    config.model_config.hf_text_config.model_type = model_type
     original = channels.tensor_rank
     channels.tensor_rank = lambda: rank
     try:
-        return outlier_channels(MODULE, FMT, count, _config(folder, heads, ranks))
+        return outlier_channels(MODULE, FMT, count, config)
     finally:
         channels.tensor_rank = original
 
@@ -90,6 +91,24 @@ def test_a_norm_of_keys_hides_the_projection(tmp_path: Path) -> None:
     folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_norm.weight": gain})
     chosen = _chosen(folder, 4, 1, 0)
     assert all({7, 71, 9, 73} <= set(row) for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma3_text", "gemma3"])
+def test_norms_that_add_one_are_known_by_the_language_models_type_too(tmp_path: Path, model_type: str) -> None:
+    gain = torch.full((128,), -0.9)  # channels are multiplied by 0.1, but for two
+    gain[[7, 9]] = 0.0
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_norm.weight": gain})
+    chosen = _chosen(folder, 4, 1, 0, model_type)
+    assert all({7, 71, 9, 73} <= set(row) for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("model_type", ["glm4", "glm4v_text", "ernie4_5_vl_moe_text", "cohere2_moe"])
+def test_neighbours_that_rope_turns_together_stay_together(tmp_path: Path, model_type: str) -> None:
+    bias = torch.zeros(4, 128)
+    bias[:, 21] = 50.0
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias.flatten()})
+    chosen = _chosen(folder, 4, 1, 0, model_type)
+    assert all({20, 21} <= set(row) for row in chosen.tolist())
 
 
 def test_a_checkpoint_without_the_projection_is_named(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_local_attention_sees_its_chunk_and_nothing_before() -> None:
     assert max(errors) < BOUND, errors
 
 
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 def test_drafts_beyond_a_local_chunk_are_verified_in_two_parts() -> None:
     engine = LocalEngine(**_drafting(), max_num_seqs=3)
     engine.step([(0, 62), (1, 63), (2, 61)])

@@ -21,10 +21,13 @@ from kvturbo.config import KVFormat
 from kvturbo.guard import PLAN_FILE, Plan, read_plan
 from kvturbo.outliers import Pairing, choose_outlier_channels
 
-INTERLEAVED = ("chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj")
-"""Model types whose RoPE turns neighbouring channels."""
-UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_moe")
-"""Model types whose norms multiply by 1 + weight."""
+INTERLEAVED = (
+    "chatglm", "codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "glm", "glm4",
+    "glm4v", "glm_ocr", "gptj",
+)  # fmt: skip
+"""Model types whose RoPE turns neighbouring channels, without the `_text` of multimodal models' language models."""
+UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe", "step3p5")
+"""Model types whose norms multiply by 1 + weight, without the same."""
 SPIKED_SHARE = 0.6
 """A head whose 16 strongest channels hold more than this share of the second moment needs `-o16`: white keys have 0.13 to 0.25."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -166,16 +169,25 @@ def outlier_channels(layer: Any, fmt: KVFormat, num_kv_heads: int, vllm_config: 
         chosen = planned_channels(plan, layer.layer_name, fmt, total, plan_path(model))
         return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
     text = model.hf_text_config
-    pairing: Pairing = "interleaved" if text.model_type in INTERLEAVED else "half"
+    pairing: Pairing = "interleaved" if _family(text) in INTERLEAVED else "half"
     rotary = rotary_dim(text, fmt.head_dim)
     if vllm_config.load_config.load_format == "dummy":  # random weights have no outliers: any channels will do
         moment = torch.ones(num_kv_heads, fmt.head_dim)
         return choose_outlier_channels(moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
     weights = checkpoint_of(model, vllm_config.load_config).key_weights(
-        layer.layer_name, total, fmt.head_dim, text.model_type in UNIT_OFFSET
+        layer.layer_name, total, fmt.head_dim, unit_offset(text)
     )
     chosen = choose_outlier_channels(weights.second_moment, fmt.channel_count, pairing=pairing, rotary_dim=rotary)
     return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
+
+
+def _family(text_config: Any) -> str:
+    return str(text_config.model_type).removesuffix("_text")
+
+
+def unit_offset(text_config: Any) -> bool:
+    """Whether a model's norms multiply by 1 + weight."""
+    return _family(text_config) in UNIT_OFFSET
 
 
 def plan_path(model_config: Any) -> Path:

@@ -12,12 +12,12 @@ from kvturbo.guard import Plan
 from kvturbo.guard.plan import SIXTEEN_BIT
 from kvturbo.vllm.channels import (
     SPIKED_SHARE,
-    UNIT_OFFSET,
     checkpoint_of,
     layer_number,
     plan_of,
     plan_path,
     source_of_channels,
+    unit_offset,
 )
 from kvturbo.vllm.formats import PREFIX
 from kvturbo.vllm.prefill import PIECE_TOKENS
@@ -158,7 +158,7 @@ def _warn_of_spikes(layers: list[Layer], vllm_config: Any) -> None:
             if not checkpoint.biased(layer.name):
                 continue
             weights = checkpoint.key_weights(
-                layer.name, model.get_total_num_kv_heads(), fmt.head_dim, model.hf_text_config.model_type in UNIT_OFFSET
+                layer.name, model.get_total_num_kv_heads(), fmt.head_dim, unit_offset(model.hf_text_config)
             )
         except (OSError, ValueError) as error:
             _say(logging.WARNING, f"kvturbo: the keys' outliers were not looked at: {error}")
