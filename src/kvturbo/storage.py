@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from kvturbo.files import whole_file
 
 FILE_VERSION = 1
 
@@ -27,16 +28,11 @@ def write_file(path: Path, kind: str, tensors: dict[str, Tensor], header: dict[s
 
     Raises:
         FileNotFoundError: the file's folder does not exist.
+        IsADirectoryError: it is a folder.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name!r} into")
     text = json.dumps({"version": FILE_VERSION, "kind": kind, **header})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, {"kvturbo": text, "sha256": _digest(tensors, text)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

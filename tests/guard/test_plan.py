@@ -53,6 +53,17 @@ def altered(**change: Any) -> dict[str, Any]:
         (altered(format=4), "layer 3: .*4"),
         (altered(head_dim=100), "layer 3: .*multiple of 16.*100"),
         (altered(head_dim="none"), "layer 3: .*missing: .*head_dim"),
+        (altered(head_dim="64"), "layer 3: head_dim must be a positive number, got '64'"),
+        (
+            altered(format="16bit", num_kv_heads=0, channels={}),
+            "layer 3: num_kv_heads must be a positive number, got 0",
+        ),
+        (
+            {"version": 1, "layers": {"-1": altered()["layers"]["3"]}},
+            "layer -1: a layer's index must be a number, got '-1'",
+        ),
+        (altered(channels=None), "layer 3: channels must be an object, got None"),
+        (altered(channels={"some": CHANNELS}), "layer 3: a number of channels must be a number, got 'some'"),
         (altered(windows=4), "layer 3: unknown: .*windows.*fields: .*recent"),
         (altered(recent=-1), "layer 3: recent must be a number of tokens or null, got -1"),
         (altered(sink=1.5), "layer 3: sink must be a number of tokens or null, got 1.5"),

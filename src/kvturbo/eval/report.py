@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import kvturbo
+from kvturbo.files import whole_file
 
 PACKAGES = ("torch", "transformers", "triton", "cuda-core", "vllm")
 
@@ -70,12 +70,8 @@ def to_json(data: Any) -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON; the file appears whole or not at all, and replaces one that is there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(to_json(data))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(to_json(data), encoding="utf-8")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:

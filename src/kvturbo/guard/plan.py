@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvturbo.config import OUTLIER_COUNTS, KVFormat
+from kvturbo.files import whole_file
 
 PLAN_FILE = "kvturbo.json"
 """Its name beside a model's weights."""
@@ -44,6 +44,9 @@ class LayerPlan:
     value_excess: float | None = None
 
     def __post_init__(self) -> None:
+        for name, size in (("num_kv_heads", self.num_kv_heads), ("head_dim", self.head_dim)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} must be a positive number, got {size!r}")
         if self.format != SIXTEEN_BIT:
             count = KVFormat.from_name(self.format, self.head_dim).outliers
             if count and count not in self.channels:
@@ -104,16 +107,14 @@ def write_plan(path: str | Path, plan: Plan) -> None:
     Args:
         path: the file, or a folder in which it is `kvturbo.json`.
         plan: what to write.
+
+    Raises:
+        FileNotFoundError: the file's folder does not exist.
     """
-    path = _file(path)
     layers = {str(i): _plain(layer) for i, layer in sorted(plan.layers.items())}
     text = json.dumps({"version": PLAN_VERSION, "source": plan.source, "layers": layers}, indent=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(plan_path(path)) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -126,11 +127,11 @@ def read_plan(path: str | Path) -> Plan:
         FileNotFoundError: there is no such file.
         ValueError: it is no plan, of another version, or an entry is not valid; the message says which.
     """
-    path = _file(path)
+    path = plan_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no plan {path}; kvturbo check and kvturbo plan write one")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
@@ -140,13 +141,14 @@ def read_plan(path: str | Path) -> Plan:
     layers = {}
     for i, entry in data["layers"].items():
         try:
-            layers[int(i)] = _parsed(entry)
-        except (TypeError, ValueError, AttributeError) as error:
+            layers[_number("a layer's index", i)] = _parsed(entry)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, layer {i}: {error}") from error
     return Plan(layers, str(data.get("source", "")))
 
 
-def _file(path: str | Path) -> Path:
+def plan_path(path: str | Path) -> Path:
+    """The plan's file: the path itself, or in a folder `kvturbo.json`."""
     path = Path(path)
     return path / PLAN_FILE if path.is_dir() else path
 
@@ -162,8 +164,18 @@ def _parsed(entry: Any) -> LayerPlan:
     unknown, missing = sorted(set(entry) - known), sorted({"format", "num_kv_heads", "head_dim"} - set(entry))
     if unknown or missing:
         raise ValueError(f"unknown: {unknown}, missing: {missing}; fields: {', '.join(sorted(known))}")
-    channels = {int(count): heads for count, heads in entry.get("channels", {}).items()}
+    channels = entry.get("channels", {})
+    if not isinstance(channels, dict):
+        raise ValueError(f"channels must be an object, got {channels!r:.60}")
+    channels = {_number("a number of channels", count): heads for count, heads in channels.items()}
     return LayerPlan(**{**entry, "channels": channels})
+
+
+def _number(what: str, text: str) -> int:
+    """A key of a JSON object as the number it stands for."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{what} must be a number, got {text!r}")
+    return int(text)
 
 
 def _check_channels(count: int, heads: Any, layer: LayerPlan) -> None:
