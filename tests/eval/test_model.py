@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,19 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"can't load model '{folder}': .*not fully covered"):
+        load_model(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize("option", [{"device": "tpu-7"}, {"device": "cuda:99"}, {"dtype": "int8"}])
 def test_devices_and_dtypes_are_checked_before_loading(tiny_folder: Path, option: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=next(iter(option.values()))):
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=f"^{name} .*{value}"):
         load_model(str(tiny_folder), **option)
 
 

@@ -122,3 +122,38 @@ def test_without_a_path_nothing_is_written(tiny: LoadedModel, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     assert run(tiny, CountingTask(), SPECS, None)["tasks"]["counting"]["caches"]["16bit"]["numbers"] == [0, 1, 2, 3]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packed_formats_are_added_to_a_run_without_any(tiny: LoadedModel, tmp_path: Path) -> None:
+    run(tiny, CountingTask(), SPECS[:1], tmp_path / "out.json")
+    again = CountingTask()
+    run(tiny, again, SPECS, tmp_path / "out.json")
+    assert again.asked == [(i, ("k4v4",)) for i in range(4)]
+
+
+@pytest.mark.parametrize("line", ['{"task": "counting"}', "[1, 2]", '{"task": "a", "index": 0, "records": 3}', "null"])
+def test_a_line_that_is_no_record_is_shown(tiny: LoadedModel, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "out.json"
+    run(tiny, CountingTask(prompts=1), SPECS, path)
+    journal = path.with_suffix(".records.jsonl")
+    before = journal.read_text() + line + "\n"
+    journal.write_text(before)
+    with pytest.raises(ValueError, match="out.records.jsonl is not a journal of kvturbo eval: line 3 is ") as raised:
+        run(tiny, CountingTask(), SPECS, path)
+    assert line in str(raised.value) and journal.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["", "[1]\n", "{}\n"])
+def test_a_journal_without_settings_is_refused(tiny: LoadedModel, tmp_path: Path, text: str) -> None:
+    (tmp_path / "out.records.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="not a journal of kvturbo eval: its first line has no settings"):
+        run(tiny, CountingTask(), SPECS, tmp_path / "out.json")
+
+
+def test_results_can_not_be_a_folder(tiny: LoadedModel, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    task = CountingTask()
+    with pytest.raises(IsADirectoryError, match="results must go to a file, got the folder .*results"):
+        run(tiny, task, SPECS, folder)
+    assert task.asked == [] and list(tmp_path.iterdir()) == [folder]

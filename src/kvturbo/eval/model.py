@@ -51,7 +51,7 @@ class PromptSource(ABC):
             FileNotFoundError: there is no text.
         """
         path = self.text_path or self._default_text()
-        ids = self.tokenizer(path.read_text(), verbose=False).input_ids
+        ids = self.tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids
         return np.array(ids, dtype=np.int64)
 
     @cached_property
@@ -99,7 +99,7 @@ class LoadedModel(PromptSource):
 
     def settings(self, specs: Sequence[CacheSpec]) -> dict[str, Any]:
         """The model and the windows: what records must share to be comparable."""
-        windows = sorted({(str(spec.recent), str(spec.sink)) for spec in specs if spec.packed})
+        windows = sorted({(str(spec.recent), str(spec.sink)) for spec in specs})
         return {
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -152,13 +152,15 @@ def load_model(
         ValueError: the device or the dtype is not one of the choices, or the files hold no causal language model.
     """
     target = _checked_device(device)
+    wanted = _dtype(dtype, target)
     tokenizer, path = load_tokenizer(name)
     source = name if path is None else str(path)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, target))
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"can't load model {source!r}: {_first_line(error)}") from error
     label = EMBEDDED if name is None else name
     return LoadedModel(label, model.to(target).eval(), tokenizer, path, text)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from kvturbo.eval.caches import REFERENCE
 from kvturbo.eval.registry import Record, ServedTask, Task
 from kvturbo.eval.report import environment, write_json
+from kvturbo.files import whole_file
 
 Progress = Callable[[str], None]
 
@@ -57,7 +58,8 @@ class Journal:
             self._read(path, settings)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings) + "\n")
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
     def has(self, task: str, index: int, cache: str) -> bool:
         return (task, index, cache) in self._records
@@ -67,7 +69,7 @@ class Journal:
         new = {cache: record for cache, record in records.items() if not self.has(task, index, cache)}
         self._records |= {(task, index, cache): record for cache, record in new.items()}
         if self.path is not None and new:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"task": task, "index": index, "records": new}) + "\n")
 
     def caches(self, task: str) -> list[str]:
@@ -88,13 +90,13 @@ class Journal:
 
     def _read(self, path: Path, settings: dict[str, Any]) -> None:
         whole = path.read_bytes().rpartition(b"\n")[0]  # a line without an end was being written when the run was cut
-        lines = _parsed(path, whole)
-        if not lines or lines[0] != settings:
-            before = lines[0] if lines else None
+        before, entries = _parsed(path, whole)
+        if before != settings:
             raise ValueError(f"{path} was written with other settings: {_differences(before, settings)}")
         os.truncate(path, len(whole) + 1)
-        for line in lines[1:]:
-            self._records |= {(line["task"], line["index"], cache): record for cache, record in line["records"].items()}
+        for entry in entries:
+            task, index = entry["task"], entry["index"]
+            self._records |= {(task, index, cache): record for cache, record in entry["records"].items()}
 
 
 class Evaluation:
@@ -109,6 +111,7 @@ class Evaluation:
 
     Raises:
         ValueError, FileNotFoundError: a task can't be run with this model, or the journal was written with other settings.
+        IsADirectoryError: the path is a folder.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class Evaluation:
         earlier: bool = False,
     ) -> None:
         self.loaded, self.tasks, self.specs, self.path, self.earlier = loaded, tasks, specs, path, earlier
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"results must go to a file, got the folder {path}")
         for task in tasks.values():
             loaded.check(task)
         self.journal = Journal(None if path is None else path.with_suffix(".records.jsonl"), self.settings())
@@ -203,15 +208,20 @@ def _facts(records: list[Record]) -> dict[str, Any]:
     return facts
 
 
-def _parsed(path: Path, lines: bytes) -> list[Any]:
+def _parsed(path: Path, lines: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A journal's settings and entries."""
     try:
-        return [json.loads(line) for line in lines.splitlines()]
+        parsed = [json.loads(line) for line in lines.splitlines()]
     except ValueError as error:
         raise ValueError(f"{path} is not a journal of kvturbo eval: {error}") from error
+    if not parsed or not isinstance(parsed[0], dict) or "model" not in parsed[0]:
+        raise ValueError(f"{path} is not a journal of kvturbo eval: its first line has no settings")
+    for number, entry in enumerate(parsed[1:], 2):
+        if not (isinstance(entry, dict) and {"task", "index"} <= set(entry) and isinstance(entry.get("records"), dict)):
+            raise ValueError(f"{path} is not a journal of kvturbo eval: line {number} is {json.dumps(entry):.60}")
+    return parsed[0], parsed[1:]
 
 
-def _differences(before: Any, now: dict[str, Any]) -> str:
-    if not isinstance(before, dict) or "model" not in before:
-        return "it is not a journal of kvturbo eval"
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [key for key in now if before.get(key) != now[key]]
     return "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
