@@ -184,8 +184,7 @@ class KVFormat:
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of a page of `page_size` tokens of one KV head; no padding anywhere."""
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
+        check_page_size(page_size)
         return page_size * self.bytes_per_token
 
 
@@ -196,6 +195,12 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}; supported: {choices}")
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim must be one of {choices}, got {head_dim}")
+
+
+def check_page_size(page_size: int) -> None:
+    """Raises ValueError, naming the choices, unless page_size is supported."""
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
 
 
 def _side(preset: _Preset, side: Side, head_dim: int, outliers: int) -> SideFormat:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvturbo.cli.check import LEAST_TOKENS
 from kvturbo.guard import read_plan
 from kvturbo.hf import TurboCache
 from kvturbo.hf.sizes import cache_bytes
@@ -86,6 +87,7 @@ def test_a_plan_can_be_used(kvturbo, tiny_folder: Path, tmp_path: Path) -> None:
         (("--limit", "0.5"), ("0.5", "at least 1")),
         (("--context", "0"), ("--context must be at least 1, got 0",)),
         (("--text", "/no/such/file"), ("/no/such/file",)),
+        (("--out", "/dev/null/p.json"), ("--out: /dev/null is not a folder",)),
         (("--text", "--tokens", "0"), ("--tokens must be at least 1, got 0",)),
     ],
 )
@@ -93,6 +95,13 @@ def test_bad_input(kvturbo, tiny_folder: Path, arguments: tuple, words: tuple[st
     ran = kvturbo("check", tiny_folder, *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.count("\n") == 1 and all(word in ran.err for word in words)
+
+
+def test_a_text_too_short_to_judge_by_is_refused(kvturbo, tiny_folder: Path) -> None:
+    ran = kvturbo("check", tiny_folder, "--text", "--tokens", LEAST_TOKENS - 1)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith("kvturbo check: calibration needs at least 32 tokens of text, got 31\n")
+    assert kvturbo("check", tiny_folder, "--text", "--tokens", LEAST_TOKENS).code == 0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +118,8 @@ def test_models_that_cannot_be_packed(kvturbo, tiny_folder: Path, tmp_path: Path
 
 
 def test_no_model(kvturbo, tmp_path: Path) -> None:
-    assert "no config.json" in kvturbo("check", tmp_path).err or "config" in kvturbo("check", tmp_path).err
+    empty = kvturbo("check", tmp_path)
+    assert empty.code == 2 and str(tmp_path) in empty.err and "config.json" in empty.err
     ran = kvturbo("check", tmp_path / "nowhere")
     assert ran.code == 2 and "nowhere" in ran.err
     assert CONTEXT == 8192

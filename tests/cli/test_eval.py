@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_options_are_converted_to_the_type_of_their_default() -> None:
         (("--set", "text.prefix=9000"), ("context of 8192", "10024")),
         (("--text", "/no/such/text"), ("/no/such/text",)),
         (("--sink", "-1"), ("sink", "-1")),
+        (("--plans", "/no/plan.json"), ("no plan /no/plan.json",)),
+        (("--dtype", "int8"), ("eval: dtype must be one of auto, float32, bfloat16, float16, got 'int8'",)),
+        (("--plot", "plot.jpeg2000"), ("--plot must end in one of", ".png", "plot.jpeg2000")),
+        (("--plot", "/dev/null/plot.png"), ("--plot: /dev/null is not a folder",)),
         (("--tasks", "text", "--plot", "p.png"), ("--plot needs the tasks text and retrieval", "missing: retrieval")),
     ],
 )
@@ -118,3 +123,41 @@ def test_results_of_another_model_are_not_mixed_in(evaluate, tmp_path: Path) -> 
     evaluate("--tasks", "text", "--formats", "16bit", *SMALL)
     ran = evaluate("--tasks", "text", "--formats", "16bit", *SMALL, "--dtype", "bfloat16")
     assert ran.code == 2 and "dtype was 'float32', is 'bfloat16'" in ran.err
+
+
+@pytest.fixture
+def plain_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A model as others have them: without retrieval.json."""
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "retrieval.json").unlink()
+    return folder
+
+
+def test_tasks_that_a_model_has_no_files_for_are_left_out_by_name(evaluate, plain_folder: Path) -> None:
+    small = (*SMALL, "--set", "generation.texts=1", "--set", "generation.prefix=64", "--set", "generation.new=2")
+    ran = evaluate("--model", plain_folder, "--formats", "16bit", "k4v4", *small, "--json")
+    assert ran.code == 0 and list(ran.data["tasks"]) == ["generation", "text"]
+    assert f"left out frequent, retrieval: model '{plain_folder}' has no retrieval.json" in ran.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--tasks", "text", "retrieval"), ("--set", "retrieval.prompts=1"), ("--plot", "plot.png")]
+)
+def test_a_task_that_was_asked_for_is_not_left_out(evaluate, plain_folder: Path, arguments: tuple[str, ...]) -> None:
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'kvturbo[eval]'")
+    ran = evaluate("--model", plain_folder, *arguments)
+    assert ran.code == 2 and ran.err.splitlines()[-1].endswith("has no retrieval.json, which the retrieval task needs")
+
+
+@pytest.mark.parametrize(
+    "out, words", [("", "--out must be a file, got the folder"), ("file/x.json", "file is not a folder")]
+)
+def test_results_that_can_not_be_written_are_seen_before_the_work(
+    evaluate, tmp_path: Path, out: str, words: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    ran = evaluate("--out", tmp_path / out)
+    assert ran.code == 2 and ran.err.count("\n") == 1 and words in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

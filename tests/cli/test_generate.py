@@ -96,6 +96,7 @@ class NoTerminal(io.StringIO):
         (("--max-new-tokens", CONTEXT), (f"prompt of {len(PROMPT) + 1} tokens", f"context of {CONTEXT}")),
         (("--temperature", -1), ("--temperature", "got -1")),
         (("--temperature", "nan"), ("--temperature", "got nan")),
+        (("--seed", 2**64), ("--seed must be from -2**63 to 2**64 - 1", f"got {2**64}")),
         (("--recent", -5), ("recent", "-5")),
         (("--device", "abacus"), ("abacus", "cpu, cuda")),
         (("--dtype", "int4"), ("int4", "float32, bfloat16")),

@@ -52,7 +52,7 @@ def test_alias_gives_the_format_it_stands_for(kvturbo) -> None:
 def test_text_shows_bytes_and_planes(kvturbo) -> None:
     ran = kvturbo("info", "k4v2")
     assert ran.code == 0
-    assert "100" in ran.out and "k.codes0.4" in ran.out and "page of 16 tokens" in ran.out
+    assert "100" in ran.out and "k.codes0.4" in ran.out and "page of 32 tokens" in ran.out
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,9 @@ def test_bad_input_is_one_line_with_the_choices(kvturbo, arguments: tuple, words
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.count("\n") == 1 and ran.err.startswith("kvturbo info: ")
     assert all(word in ran.err for word in words)
+
+
+def test_a_bad_page_size_is_refused_for_the_table_too(kvturbo) -> None:
+    ran = kvturbo("info", "--page-size", 7)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "kvturbo info: page_size must be one of 16, 32, 64, got 7\n"

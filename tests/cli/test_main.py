@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvturbo as package
 from kvturbo.cli.main import COMMANDS
@@ -23,7 +24,16 @@ def test_help_lists_the_commands(kvturbo) -> None:
     assert all(command in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [(), ("fly",), ("info", "--wings"), ("generate", "--prompt", "a", "--file", "b")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("fly",),
+        ("info", "--wings"),
+        ("generate", "--prompt", "a", "--file", "b"),
+        ("generate", "--format", "k2v2", "--plan", "p.json"),
+    ],
+)
 def test_usage_errors_end_with_2(kvturbo, arguments: tuple[str, ...]) -> None:
     ran = kvturbo(*arguments)
     assert ran.code == 2 and ran.out == "" and "usage: kvturbo" in ran.err
@@ -52,3 +62,22 @@ def test_a_missing_extra_is_named(kvturbo, monkeypatch: pytest.MonkeyPatch) -> N
     ran = kvturbo("generate", "--prompt", "a")
     assert ran.code == 1
     assert ran.err == "kvturbo generate: needs transformers: pip install 'kvturbo[hf]'\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")]
+)
+def test_what_a_machine_refuses_is_one_line(kvturbo, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("kvturbo.cli.doctor.run", fail)
+    ran = kvturbo("doctor")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == f"kvturbo doctor: {' '.join(str(error).split())}\n"
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback(tmp_path: Path) -> None:
+    program = f"set -o pipefail; {sys.executable} -m kvturbo info k4v4 | true"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")

@@ -63,9 +63,34 @@ def test_text_shows_layers_and_what_was_compared(kvturbo, without_retrieval: Pat
         (("--bits", 3, "--prompts", 0), "--prompts must be at least 1, got 0"),
         (("--bits", 3, "--prefix", 9000), "9256 tokens"),
         (("--bits", 3, "--text", "/no/file"), "can't read /no/file"),
+        (("--bits", 3, "--out", "/dev/null/p.json"), "--out: /dev/null is not a folder"),
     ],
 )
 def test_bad_input(kvturbo, without_retrieval: Path, tmp_path: Path, arguments: tuple, words: str) -> None:
     ran = kvturbo("plan", without_retrieval, "--out", tmp_path / "p.json", *arguments)
     assert (ran.code, ran.out) == (2, "") and words in ran.err
     assert not (tmp_path / "p.json").exists()
+
+
+def test_a_plan_that_can_not_be_written_is_seen_before_the_model_is_loaded(kvturbo, tmp_path: Path) -> None:
+    ran = kvturbo("plan", tmp_path / "no model", "--bits", 3, "--out", "/dev/null/p.json")
+    assert ran.code == 2 and "--out: /dev/null is not a folder" in ran.err
+
+
+def test_the_plan_s_folder_is_made(kvturbo, without_retrieval: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.json"
+    assert kvturbo("plan", without_retrieval, "--bits", 16, "--out", path, *SMALL).code == 0
+    assert read_plan(path).formats
+
+
+@pytest.mark.parametrize(
+    "length, words",
+    [
+        (10, "length must be at least 1093 for 16 chains"),
+        (9000, "--retrieval must be at most 8192, the model's context, got 9000"),
+    ],
+)
+def test_lengths_of_retrieval_prompts(kvturbo, tiny_folder: Path, tmp_path: Path, length: int, words: str) -> None:
+    arguments = ("--bits", 3, "--prompts", 1, "--prefix", 64, "--scored", 16, "--retrieval", length)
+    ran = kvturbo("plan", tiny_folder, *arguments, "--out", tmp_path / "p.json")
+    assert (ran.code, ran.out) == (2, "") and words in ran.err

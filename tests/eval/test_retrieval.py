@@ -19,6 +19,7 @@ from kvturbo.eval.retrieval import (
     Sample,
     Setting,
     get_setting,
+    hard_setting,
     make_keys,
     make_sample,
     samples,
@@ -219,6 +220,12 @@ def test_vocabulary_survives_its_file_and_refuses_another_shape(tmp_path: Path) 
     (tmp_path / "retrieval.json").write_text(json.dumps({**asdict(VOCAB), "extra": 1}))
     with pytest.raises(ValueError, match="retrieval vocabulary needs exactly"):
         RetrievalVocab.load(tmp_path)
+    (tmp_path / "retrieval.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"retrieval.json: retrieval vocabulary needs exactly .*, got \[1\]"):
+        RetrievalVocab.load(tmp_path)
+    (tmp_path / "retrieval.json").write_text('{"bos":')
+    with pytest.raises(ValueError, match="retrieval.json is not JSON: "):
+        RetrievalVocab.load(tmp_path)
     with pytest.raises(ValueError, match="ask must be below first_content = 10, got 99"):
         replace(VOCAB, ask=99)
 
@@ -230,3 +237,18 @@ def test_wilson_interval_matches_published_values() -> None:
     assert wilson_interval(0, 500)[0] == pytest.approx(0.0)
     with pytest.raises(ValueError, match="hits must be from 0 to count > 0, got 3 of 2"):
         wilson_interval(3, 2)
+
+
+@pytest.mark.parametrize("level", HARD_LEVELS)
+def test_the_hard_ladder_has_whole_chains_at_every_length(level: int) -> None:
+    base = hard_setting(4096, level)
+    for length in (4097, 5000, 7777):
+        grown = hard_setting(length, level)
+        assert grown.records % grown.hops == 0
+        assert 0 <= base.records * length / 4096 - grown.records < 1 + grown.hops
+
+
+def test_a_length_without_room_for_the_questions_is_refused() -> None:
+    assert hard_setting(2048, 8).chains >= 16
+    with pytest.raises(ValueError, match="length must be at least 1093 for 16 chains of records, got 1092"):
+        hard_setting(1092, 8)

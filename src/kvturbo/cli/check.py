@@ -17,13 +17,15 @@ from kvturbo.cli.output import print_json
 from kvturbo.eval.report import size, table
 from kvturbo.guard.merit import LIMIT, candidates, key_excess, make_plan, value_excess
 from kvturbo.guard.moments import LayerMoments, moments_of_folder
-from kvturbo.guard.plan import SIXTEEN_BIT, Plan, write_plan
+from kvturbo.guard.plan import SIXTEEN_BIT, Plan, plan_path, write_plan
 
 if TYPE_CHECKING:
     from kvturbo.eval.model import LoadedModel
 
 HELD_OUT = "held-out"
 CONTEXT = 8192
+LEAST_TOKENS = 32
+"""Of a calibration text: with a few tokens every layer seems to have a mean in its values."""
 HEADER = ("layer", "key excess", "value excess", "format", "bytes/token")
 LEGEND = """\
 key excess    variance of the scores' error over what keys of even channels would have; limit {limit:g}
@@ -60,19 +62,22 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_numbers(arguments)
+    out = None if arguments.out is None else plan_path(arguments.out)
+    if out is not None:
+        common.check_writable(out, "--out")
     name, moments, source = _moments(arguments)
     with bad_input():
         plan = make_plan(moments, arguments.format, arguments.limit, source)
-    result = _result(name, plan, moments, arguments)
-    if arguments.out is not None:
+    result = _result(name, plan, moments, arguments) | {"plan": None if out is None else str(out)}
+    if out is not None:
         with bad_input():
-            write_plan(arguments.out, plan)
+            write_plan(out, plan)
     if arguments.json:
         print_json(result)
     else:
         print(_text(result))
-        if arguments.out is not None:
-            print(f"\nplan in {arguments.out}")
+        if out is not None:
+            print(f"\nplan in {out}")
     if result["refused"]:
         raise CommandFailed(result["refused"])
     return 0
@@ -85,13 +90,19 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def text_moments(loaded: LoadedModel, tokens: int) -> dict[int, LayerMoments]:
-    """Moments on the first tokens of the model's text."""
+    """Moments on the first tokens of the model's text.
+
+    Raises:
+        UsageError: they are too few to tell a channel that is always large from one that happens to be.
+    """
     import torch
 
     from kvturbo.hf.calibration import moments_of_text
 
     with bad_input():
         ids = torch.from_numpy(loaded.text[:tokens].copy())[None]
+        if ids.shape[1] < LEAST_TOKENS:
+            raise UsageError(f"calibration needs at least {LEAST_TOKENS} tokens of text, got {ids.shape[1]}")
         return moments_of_text(loaded.model, ids)
 
 
@@ -157,7 +168,6 @@ def _result(name: str, plan: Plan, moments: dict[int, LayerMoments], arguments: 
         "bits_per_element": sizes.bits_per_element(plan, tokens),
         "one_format": _one_format(moments, arguments.format, arguments.limit),
         "advice": _advice(layers, arguments.limit),
-        "plan": None if arguments.out is None else str(arguments.out),
         "refused": None if packed else reason,
     }
 

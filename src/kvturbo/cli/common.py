@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from kvturbo.cli.errors import CommandFailed, UsageError, bad_input
@@ -38,6 +41,47 @@ def load(arguments: argparse.Namespace, text: Path | None = None) -> LoadedModel
 
     with bad_input():
         return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype, text=text)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Makes a file's folder, and raises UsageError unless the file can be written there: before the work, not after it."""
+    try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise UsageError(f"{option}: {path.parent} is not a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(f"{option} must be a file, got the folder {path}")
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error
+
+
+def tasks_that_run(tasks: dict[str, Any], loaded: Any, asked: Iterable[str]) -> dict[str, Any]:
+    """Tasks without those whose files the model lacks, which are named on stderr.
+
+    Args:
+        tasks: by name.
+        loaded: the model, or the one behind servers.
+        asked: tasks that stay whatever the model lacks, because somebody named them.
+
+    Raises:
+        UsageError: none would be left.
+    """
+    lacking: dict[str, str] = {}
+    for name in set(tasks) - set(asked):
+        try:
+            tasks[name].check(loaded)
+        except FileNotFoundError as error:
+            lacking[name] = str(error)
+        except ValueError:
+            continue  # an option is wrong: the evaluation says so
+    reasons = "; ".join(sorted(set(lacking.values())))
+    if len(lacking) == len(tasks):
+        raise UsageError(f"no task can be run: {reasons}")
+    if lacking:
+        print(f"left out {', '.join(sorted(lacking))}: {reasons}", file=sys.stderr)
+    return {name: task for name, task in tasks.items() if name not in lacking}
 
 
 def read_text(path: Path) -> str:

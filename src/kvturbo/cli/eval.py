@@ -1,7 +1,8 @@
 """Measure a model with several caches: divergence, perplexity, retrieval; here or on vLLM servers.
 
 Results go to a JSON file that is rewritten after every prompt. Run the same command again to continue an interrupted run,
-or with more formats or tasks to add to it. An option of a task is set with --set TASK.OPTION=VALUE. Formats of other
+or with more formats or tasks to add to it: the file has what the last command names, and what was measured before is taken
+from the records beside it. An option of a task is set with --set TASK.OPTION=VALUE. Formats of other
 projects, such as vllm-4bit_nc or kivi2, are simulated: their bytes are what they would take.
 
 With --server the same questions go to a vLLM server with a packed cache, and with --reference to one with a 16-bit cache too;
@@ -39,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="plans of kvturbo check or plan, measured as well",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all; --list shows them")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="default: all that the model has files for; --list shows them"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="TASK.OPTION=VALUE", help="may be given several times"
     )
@@ -62,10 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.tasks, served.task_options(arguments) + arguments.set, arguments.server is not None
         )
         if arguments.plot is not None:
-            _check_plot(tasks)
+            _check_plot(tasks, arguments.plot)
+    common.check_writable(arguments.out, "--out")
     if arguments.text is not None:
         common.read_text(arguments.text)
-    evaluation = _local(arguments, tasks) if arguments.server is None else served.evaluation(arguments, tasks)
+    evaluation = _evaluation(arguments, tasks)
     results = common.run_evaluation(evaluation)
     if arguments.plot is not None:
         from kvturbo.eval.plot import tradeoff
@@ -78,6 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(_text(results))
         print(f"\nresults in {arguments.out}")
     return 0
+
+
+def _evaluation(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
+    if arguments.server is None:
+        return _local(arguments, tasks)
+    return served.evaluation(arguments, tasks, asked_for(arguments))
 
 
 def _local(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
@@ -94,7 +104,16 @@ def _local(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
     with bad_input():
         for spec in specs:
             spec.new(loaded)
-        return Evaluation(loaded, tasks, specs, arguments.out)
+        return Evaluation(loaded, common.tasks_that_run(tasks, loaded, asked_for(arguments)), specs, arguments.out)
+
+
+def asked_for(arguments: argparse.Namespace) -> list[str]:
+    """Tasks that an option names; others are part of an evaluation only where the model can be asked."""
+    return [
+        *(arguments.tasks or ()),
+        *(x.partition(".")[0] for x in arguments.set),
+        *(PLOTTED if arguments.plot else ()),
+    ]
 
 
 def build_tasks(names: list[str] | None, settings: list[str], of_servers: bool = False) -> dict[str, Any]:
@@ -127,11 +146,14 @@ def plot_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_plot(tasks: dict[str, Any]) -> None:
+def _check_plot(tasks: dict[str, Any], path: Path) -> None:
     missing = [name for name in PLOTTED if name not in tasks]
     if missing:
         raise ValueError(f"--plot needs the tasks {' and '.join(PLOTTED)}, missing: {', '.join(missing)}")
-    import_module("matplotlib")
+    known = import_module("matplotlib.backends.backend_agg").FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--plot must end in one of .{', .'.join(sorted(known))}, got {path}")
+    common.check_writable(path, "--plot")
 
 
 def _parse(setting: str) -> tuple[str, str, str]:

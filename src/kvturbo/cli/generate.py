@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
-    parser.add_argument(
-        "--format", default="k4v4", help="a format's name, or 16bit for the stock cache (default: k4v4)"
-    )
-    parser.add_argument(
-        "--plan", type=Path, metavar="PATH", help="a plan of kvturbo check or plan, instead of --format"
-    )
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--format", default="k4v4", help="a format's name, or 16bit for the stock cache (default: k4v4)")
+    kept.add_argument("--plan", type=Path, metavar="PATH", help="a plan of kvturbo check or plan, instead of --format")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--file", type=Path, metavar="PATH", help="a text file with the prompt")
@@ -88,6 +85,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be a number from 0 on, got {arguments.temperature}")
+    if not -(2**63) <= arguments.seed < 2**64:
+        raise UsageError(f"--seed must be from -2**63 to 2**64 - 1, got {arguments.seed}")
 
 
 def _prompt_ids(loaded: LoadedModel, prompt: str, new_tokens: int) -> Any:

@@ -11,7 +11,16 @@ from typing import Any
 
 from kvturbo.cli.errors import bad_input
 from kvturbo.cli.output import print_json, progress
-from kvturbo.config import ALIASES, SIDES, KVFormat, SideFormat, check_head_dim, format_names
+from kvturbo.config import (
+    ALIASES,
+    PAGE_SIZE,
+    SIDES,
+    KVFormat,
+    SideFormat,
+    check_head_dim,
+    check_page_size,
+    format_names,
+)
 from kvturbo.eval import distortion
 from kvturbo.eval.report import table
 from kvturbo.layout import PageLayout
@@ -28,12 +37,15 @@ key slope         mean of <k, k^> / |k|^2; 1 keeps the logit of a query that poi
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", nargs="?", metavar="FORMAT", help="a format's name, such as k4v4 or k3v2-o16")
     parser.add_argument("--head-dim", type=int, default=128, help="channels of a key or value vector (default: 128)")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens per page, for FORMAT's planes (default: 16)")
+    parser.add_argument(
+        "--page-size", type=int, default=PAGE_SIZE, help=f"tokens per page, for FORMAT's planes (default: {PAGE_SIZE})"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     with bad_input():
         check_head_dim(arguments.head_dim)
+        check_page_size(arguments.page_size)
         if arguments.format is None:
             result: dict[str, Any] = {"head_dim": arguments.head_dim, "vectors": distortion.VECTORS}
             result["formats"] = _all_formats(arguments.head_dim)

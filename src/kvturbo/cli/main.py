@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+
+import torch
 
 import kvturbo
 from kvturbo.cli.errors import CommandFailed, UsageError
@@ -35,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         return _complain(arguments.command, error, 2)
     except CommandFailed as error:
@@ -45,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         extra = _EXTRAS[error.name]
         return _complain(arguments.command, f"needs {error.name}: pip install 'kvturbo[{extra}]'", 1)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # whoever read the output is gone; nothing may be flushed to it
+        return 1
+    except (OSError, torch.OutOfMemoryError) as error:
+        return _complain(arguments.command, error, 1)
     except KeyboardInterrupt:
         return _complain(arguments.command, "interrupted", 130)
 

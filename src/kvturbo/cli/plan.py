@@ -16,7 +16,7 @@ from kvturbo.cli.errors import UsageError, bad_input
 from kvturbo.cli.output import print_json, progress
 from kvturbo.eval.report import size, table
 from kvturbo.guard.merit import make_plan
-from kvturbo.guard.plan import PLAN_FILE, Plan, write_plan
+from kvturbo.guard.plan import PLAN_FILE, Plan, plan_path, write_plan
 
 if TYPE_CHECKING:
     from kvturbo.eval.model import LoadedModel
@@ -48,6 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
+    out = plan_path(arguments.out or PLAN_FILE)
+    common.check_writable(out, "--out")
     if arguments.text is not None:
         common.read_text(Path(arguments.text))
     loaded = common.load(arguments, None if arguments.text is None else Path(arguments.text))
@@ -59,7 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
         passages = _passages(loaded, arguments)
     plan, result = _search(passages, base, budget, tokens)
     result |= {"model": loaded.name, "context": tokens, "budget_bits": arguments.bits}
-    out = arguments.out or Path(PLAN_FILE)
     with bad_input():
         write_plan(out, plan)
     result["plan"] = str(out)
@@ -100,6 +101,10 @@ def _passages(loaded: LoadedModel, arguments: argparse.Namespace) -> list[Passag
 
     found = list(text_passages(loaded, arguments.prompts, arguments.prefix, arguments.scored, CHUNK))
     if loaded.folder is not None and (loaded.folder / "retrieval.json").is_file():
+        if loaded.context is not None and arguments.retrieval > loaded.context:
+            raise ValueError(
+                f"--retrieval must be at most {loaded.context}, the model's context, got {arguments.retrieval}"
+            )
         setting = hard_setting(arguments.retrieval, HARD_LEVEL)
         found += retrieval_passages(loaded, setting, arguments.prompts, CHUNK)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kvturbo.cli import common
 from kvturbo.cli.errors import CommandFailed, bad_input
 from kvturbo.eval.server import CONCURRENCY, TIMEOUT, TOP_LOGPROBS, Server, ServerError
 
@@ -75,8 +76,8 @@ def task_options(arguments: argparse.Namespace) -> list[str]:
     return [f"text.chunk={arguments.server_chunk}"] if arguments.server_chunk is not None and asked else []
 
 
-def evaluation(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
-    """The evaluation of servers; rows of servers that were asked before stay in the results."""
+def evaluation(arguments: argparse.Namespace, tasks: dict[str, Any], asked: list[str]) -> Any:
+    """The evaluation of servers, of `asked` tasks at least; rows of servers that were asked before stay in the results."""
     from kvturbo.eval.runner import Evaluation
     from kvturbo.eval.served_model import load_served
 
@@ -90,6 +91,7 @@ def evaluation(arguments: argparse.Namespace, tasks: dict[str, Any]) -> Any:
                 top=arguments.top_logprobs,
                 concurrency=arguments.concurrency,
             )
+            tasks = common.tasks_that_run(tasks, served, asked)
             return Evaluation(served, tasks, served.specs, arguments.out, earlier=True)
     except ServerError as error:
         raise CommandFailed(str(error)) from error

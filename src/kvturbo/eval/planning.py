@@ -25,7 +25,7 @@ from kvturbo.eval.model import LoadedModel
 from kvturbo.eval.retrieval import Sample, Setting, make_sample
 from kvturbo.eval.scoring import Run, chunks, feed
 from kvturbo.guard.merit import LIMIT, candidates
-from kvturbo.guard.plan import SIXTEEN_BIT, LayerPlan, Plan, read_plan
+from kvturbo.guard.plan import SIXTEEN_BIT, LayerPlan, Plan, plan_path, read_plan
 from kvturbo.hf import TurboCache
 from kvturbo.hf.sizes import cache_bytes, layer_bytes, windows_of_layer
 
@@ -72,11 +72,12 @@ class PlanSpec(CacheSpec):
 
     @classmethod
     def read(cls, path: Path, recent: int | None = None, sink: int | None = None) -> PlanSpec:
-        """A plan file's cache, named by the file and the first digits of its sha256.
+        """The cache of a plan file, or of the one in a folder, named by the file and the first digits of its sha256.
 
         Raises:
             FileNotFoundError, ValueError: as `read_plan`.
         """
+        path = plan_path(path)
         plan = read_plan(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         return cls(f"{path.name}@{digest}", recent, sink, plan)

@@ -58,13 +58,18 @@ class RetrievalVocab:
     def load(cls, path: str | Path) -> RetrievalVocab:
         """Reads ``retrieval.json``. ``path`` is the file or the model's folder.
 
-        Raises ValueError when a field is missing or unknown.
+        Raises ValueError when it is no JSON object, or a field is missing or unknown.
         """
         path = Path(path)
-        data = json.loads((path / "retrieval.json" if path.is_dir() else path).read_text())
+        path = path / "retrieval.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
         expected = {field.name for field in fields(cls)}
-        if set(data) != expected:
-            raise ValueError(f"retrieval vocabulary needs exactly {sorted(expected)}, got {sorted(data)}")
+        if not isinstance(data, dict) or set(data) != expected:
+            got = sorted(data) if isinstance(data, dict) else data
+            raise ValueError(f"{path}: retrieval vocabulary needs exactly {sorted(expected)}, got {got!r:.80}")
         return cls(**data)
 
     def save(self, folder: str | Path) -> None:
@@ -307,14 +312,24 @@ _HARD_LADDER: Sequence[tuple[int, int, int, int]] = (
     (252, 5, 63, 4),
 )
 HARD_LEVELS = range(1, len(_HARD_LADDER) + 1)
+HARD_QUESTIONS = 16
+"""Of a prompt, each about another chain of records."""
 
 
 def hard_setting(length: int, level: int) -> Setting:
-    """Level 1 to 9 of the hard ladder; records grow with the length, so their density stays the same."""
+    """Level 1 to 9 of the hard ladder; records grow with the length, so their density stays the same.
+
+    Raises:
+        ValueError: there is no such level, or the length is too small for as many chains as questions.
+    """
     if level not in HARD_LEVELS:
         raise ValueError(f"level must be from 1 to {HARD_LEVELS[-1]}, got {level}")
     records, tokens, family, hops = _HARD_LADDER[level - 1]
-    return Setting("hops", length, records * length // 4096, 16, tokens, tokens, family, hops)
+    grown = records * length // 4096 // hops * hops
+    if grown < HARD_QUESTIONS * hops:
+        least = -(-4096 * HARD_QUESTIONS * hops // records)
+        raise ValueError(f"length must be at least {least} for {HARD_QUESTIONS} chains of records, got {length}")
+    return Setting("hops", length, grown, HARD_QUESTIONS, tokens, tokens, family, hops)
 
 
 SETTINGS: dict[str, Setting] = {

@@ -57,11 +57,11 @@ class FrequentWordsTask:
         return self.prompts
 
     def check(self, loaded: PromptSource) -> None:
+        vocab = loaded.retrieval_vocab
         if loaded.context is not None and self.length >= loaded.context:
             raise ValueError(f"length must be below the model's context of {loaded.context}, got {self.length}")
         if len(loaded.text) <= self.text_tokens:
             raise ValueError(f"text must have more than {self.text_tokens} tokens, got {len(loaded.text)}")
-        vocab = loaded.retrieval_vocab
         if self.common + self.rare > vocab.size - vocab.first_content:
             raise ValueError(f"common + rare must be at most {vocab.size - vocab.first_content}, the ordinary tokens")
 

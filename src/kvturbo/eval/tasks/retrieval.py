@@ -37,6 +37,7 @@ class RetrievalTask:
         return self.prompts
 
     def check(self, loaded: PromptSource) -> None:
+        _ = loaded.retrieval_vocab
         setting = get_setting(self.setting)
         if loaded.context is not None and setting.length > loaded.context:
             raise ValueError(
@@ -44,7 +45,6 @@ class RetrievalTask:
             )
         if len(loaded.text) <= setting.text_tokens:
             raise ValueError(f"text must have more than {setting.text_tokens} tokens, got {len(loaded.text)}")
-        _ = loaded.retrieval_vocab
 
     def measure(self, loaded: LoadedModel, index: int, specs: list[CacheSpec]) -> dict[str, Record]:
         sample = self._sample(loaded, index)
