@@ -197,6 +197,7 @@ def test_loading_into_too_few_pages_or_with_an_unknown_backend_is_refused(tmp_pa
 
 
 CONSTRUCTOR: dict[str, tuple[dict[str, Any], str]] = {
+    "format": ({"fmt": "k4v4"}, "fmt must be a KVFormat such as .*, got 'k4v4'"),
     "pages": ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
     "page-size": ({"page_size": 24}, "page_size must be one of 16, 32, 64, got 24"),
     "layers": ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
@@ -233,6 +234,7 @@ CALLS: dict[str, tuple[Callable[[PagedKVCache], Any], str]] = {
     "append-unknown": (lambda c: c.append([0, 9], [1, 1]), "no sequence 9; live sequences: 0"),
     "append-twice": (lambda c: c.append([0, 0], [1, 1]), r"no sequence twice, got \[0, 0\]"),
     "append-negative": (lambda c: c.append([0], [-2]), r"counts must not be negative, got \[-2\]"),
+    "append-fraction": (lambda c: c.append([0], [1.5]), r"counts must be whole, got \[1.5\]"),
     "crop-longer": (lambda c: c.crop(0, 21), "length must be from 0 to 20, got 21"),
     "fork-unknown": (lambda c: c.fork(3), "no sequence 3; live sequences: 0"),
     "free-unknown": (lambda c: c.free(3), "no sequence 3; live sequences: 0"),

@@ -123,6 +123,7 @@ def test_bad_arguments_name_the_value_and_change_nothing() -> None:
         ([a, a], [1, 1], r"no sequence twice, got \[0, 0\]"),
         ([a], [1, 1], r"one count per sequence.*\[0\] and \[1, 1\]"),
         ([a], [-1], r"counts must not be negative, got \[-1\]"),
+        ([a], [1.5], r"counts must be whole, got \[1.5\]"),
         ([a, 7], [1, 1], "no sequence 7; live sequences: 0"),
         ([7], [0], "no sequence 7"),
     ]:
@@ -131,6 +132,8 @@ def test_bad_arguments_name_the_value_and_change_nothing() -> None:
     for length in (-1, 6):
         with pytest.raises(ValueError, match=f"length must be from 0 to 5, got {length}"):
             pool.crop(a, length)
+    with pytest.raises(ValueError, match=r"length must be whole, got \[2.5\]"):
+        pool.crop(a, 2.5)  # type: ignore[arg-type]
     for call in (pool.fork, pool.free, pool.length, pool.table):
         with pytest.raises(ValueError, match="no sequence 3; live sequences: 0"):
             call(3)

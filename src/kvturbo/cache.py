@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvturbo import ops
-from kvturbo.config import PAGE_SIZE, KVFormat
+from kvturbo.config import PAGE_SIZE, KVFormat, check_format
 from kvturbo.layout import PageLayout
 from kvturbo.ops import backends
 from kvturbo.ops.sharing import SharedSchedules
@@ -41,8 +41,8 @@ class PagedKVCache:
         backend: of the operations, "auto" or one of `kvturbo.ops.backends.BACKENDS`.
 
     Raises:
-        ValueError: a size is not positive, the page size is not supported, outlier channels are missing or wrong, or the
-            backend does not exist or can't run the format on the device.
+        ValueError: fmt is no format, a size is not positive, the page size is not supported, outlier channels are missing or
+            wrong, or the backend does not exist or can't run the format on the device.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class PagedKVCache:
         outlier_channels: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
+        check_format(fmt)
         for name, value in (("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

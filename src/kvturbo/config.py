@@ -197,6 +197,12 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"head_dim must be one of {choices}, got {head_dim}")
 
 
+def check_format(fmt: KVFormat) -> None:
+    """Raises ValueError unless fmt is a format; a name alone does not say head_dim."""
+    if not isinstance(fmt, KVFormat):
+        raise ValueError(f"fmt must be a KVFormat such as KVFormat.from_name('k4v4', 128), got {fmt!r}")
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError, naming the choices, unless page_size is supported."""
     if page_size not in PAGE_SIZES:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class OutOfPagesError(RuntimeError):
@@ -68,8 +69,9 @@ class PagePool:
 
         Raises:
             OutOfPagesError: before anything has changed.
-            ValueError: an id is unknown or twice there, a count is negative, or their numbers differ.
+            ValueError: an id is unknown or twice there, a count is negative or no whole number, or their numbers differ.
         """
+        counts = _whole("counts", counts)
         if len(sequences) != len(counts) or len(set(sequences)) != len(sequences):
             raise ValueError(
                 f"need one count per sequence and no sequence twice, got {list(sequences)} and {list(counts)}"
@@ -89,7 +91,12 @@ class PagePool:
         return slots, copies
 
     def crop(self, sequence: int, length: int) -> None:
-        """Drops the tokens from `length` on."""
+        """Drops the tokens from `length` on.
+
+        Raises:
+            ValueError: the id is unknown, or length is no whole number, negative or above the sequence's.
+        """
+        (length,) = _whole("length", [length])
         if not 0 <= length <= self.length(sequence):
             raise ValueError(f"length must be from 0 to {self.length(sequence)}, got {length}")
         self.changes += 1
@@ -186,3 +193,12 @@ class PagePool:
             self._users[page] -= 1
             if not self._users[page]:
                 self._free.append(page)
+
+
+def _whole(name: str, numbers: Iterable[int]) -> list[int]:
+    """The numbers as Python integers; a fraction would end up in a length before anything fails."""
+    given = list(numbers)
+    try:
+        return [operator.index(number) for number in given]
+    except TypeError:
+        raise ValueError(f"{name} must be whole, got {given}") from None

@@ -94,6 +94,11 @@ def test_pages_that_are_none(batch: Batch, operation: str, message: str, change:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_name_in_place_of_a_format(batch: Batch, operation: str) -> None:
+    refused(operation, batch, {"fmt": "k4v4"}, "fmt must be a KVFormat such as .*, got 'k4v4'")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_unknown_backend(batch: Batch, operation: str) -> None:
     names = ", ".join(backends.BACKENDS)
     refused(operation, batch, {"backend": "cudnn"}, f"'auto' or one of {names}, got 'cudnn'")
@@ -163,6 +168,7 @@ COMMON: dict[str, tuple[str, Change]] = {
     "starts-count": ("seq_starts must be torch.int32 [2], got torch.int32 [1]", {"seq_starts": ints([0], "cpu")}),
     "starts-low": ("seq_starts must be from 0 to 2147483647, got -3", {"seq_starts": ints([0, -3], "cpu")}),
     "window": ("window must be at least 1, got -5", {"window": -5}),
+    "window-fraction": ("window must be a whole number, got 1.5", {"window": 1.5}),
     "no-window": ("window must be at least 1, got 0", {"window": 0}),
     "soft-cap": ("soft_cap must be positive, got 0", {"soft_cap": 0.0}),
     "soft-cap-nan": ("soft_cap must be positive, got nan", {"soft_cap": float("nan")}),

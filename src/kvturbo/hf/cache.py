@@ -20,6 +20,7 @@ from kvturbo.hf.geometry import (
     PackedSpec,
     Window,
     check_plan,
+    check_window,
     choose_formats,
     full_attention_shapes,
     stock_layers,
@@ -86,6 +87,8 @@ class TurboCache(Cache):
             check_plan(plan, self.shapes)
             sink = {i: layer.sink for i, layer in plan.layers.items()} if sink is None else sink
             recent = {i: layer.recent for i, layer in plan.layers.items()} if recent is None else recent
+        check_window("sink", sink, self.shapes)
+        check_window("recent", recent, self.shapes)
         format = (plan.formats if plan else "k4v4") if format is None else format
         self.options = {"recent": recent, "sink": sink, "page_size": page_size, "max_tokens": max_tokens, "seed": seed}
         self.formats = choose_formats(format, self.shapes, len(layers), seed)

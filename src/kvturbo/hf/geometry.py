@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from transformers import DynamicCache
@@ -111,14 +112,23 @@ def windows_of(fmt: KVFormat, sink: int | None, recent: int | None) -> tuple[int
     """Sink and recent window in tokens: as given, by default 0 for keys of 4 bits or more, else 4 and 128.
 
     Raises:
-        ValueError: a window is negative.
+        ValueError: a window is negative or no number of tokens.
     """
     for name, value in (("sink", sink), ("recent", recent)):
+        if value is not None and not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a number of tokens, got {value!r}")
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     coarse = min(part.bits for part in fmt.k.parts) < 4
     sink = (DEFAULT_SINK if coarse else 0) if sink is None else sink
     return sink, (DEFAULT_RECENT if coarse else 0) if recent is None else recent
+
+
+def check_window(name: str, window: Window, shapes: Mapping[int, LayerShape]) -> None:
+    """Raises ValueError if windows by layer name one that has none."""
+    extra = sorted(set(window) - set(shapes)) if isinstance(window, Mapping) else []
+    if extra:
+        raise ValueError(f"{name} names layers {extra}; the full_attention layers are {sorted(shapes)}")
 
 
 def window_of_layer(window: Window, layer: int) -> int | None:
@@ -143,6 +153,10 @@ def _names(formats: Formats, shapes: Mapping[int, LayerShape], num_layers: int) 
     if isinstance(formats, Mapping):
         given = dict(formats)
     else:
+        if not isinstance(formats, Sequence):
+            raise ValueError(
+                f"format must be a name, a list over all layers or a mapping by layer, got {formats!r:.80}"
+            )
         if len(formats) != num_layers:
             raise ValueError(f"format must have one entry for each of the {num_layers} layers, got {len(formats)}")
         given = {i: name for i, name in enumerate(formats) if name is not None}

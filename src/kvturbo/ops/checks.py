@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvturbo.config import KVFormat
+from kvturbo.config import KVFormat, check_format
 from kvturbo.layout import PageLayout
 from kvturbo.quantizer import check_channels
 
@@ -14,7 +14,8 @@ MAX_Q_LEN = 8
 
 
 def check_pages(pages: Tensor, fmt: KVFormat) -> int:
-    """Raises unless pages are [num_pages, num_kv_heads, page_bytes] uint8 ; returns the page size."""
+    """Raises unless pages are [num_pages, num_kv_heads, page_bytes] uint8 of the format; returns the page size."""
+    check_format(fmt)
     if pages.dtype != torch.uint8 or pages.dim() != 3:
         raise ValueError(
             f"pages must be uint8 [num_pages, num_kv_heads, page_bytes], got {pages.dtype} {list(pages.shape)}"
@@ -47,8 +48,8 @@ def check_scores(scale: float, window: int | None, soft_cap: float | None, sinks
     """Raises unless the options of the scores are in range: scale > 0, window >= 1, soft_cap > 0, sinks fp32 [num_q_heads]."""
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    if window is not None and (isinstance(window, float) or window < 1):
+        raise ValueError(f"window must be {'a whole number' if window >= 1 else 'at least 1'}, got {window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
     if sinks is not None:
