@@ -114,10 +114,13 @@ def windows_of(fmt: KVFormat, sink: int | None, recent: int | None) -> tuple[int
     Raises:
         ValueError: a window is negative or no number of tokens.
     """
-    for name, value in (("sink", sink), ("recent", recent)):
-        if value is not None and not isinstance(value, Integral):
+    given: dict[str, object] = {"sink": sink, "recent": recent}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Integral):
             raise ValueError(f"{name} must be a number of tokens, got {value!r}")
-        if value is not None and value < 0:
+        if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     coarse = min(part.bits for part in fmt.k.parts) < 4
     sink = (DEFAULT_SINK if coarse else 0) if sink is None else sink
