@@ -54,6 +54,16 @@ GATED_DELTA = _COMMON | {
     "attention_bias": False,
 }  # fmt: skip
 
+SINKS = _COMMON | {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_hidden_layers": 4, "num_attention_heads": 8,
+    "head_dim": 64, "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "attention_bias": True, "intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7.0,
+}  # fmt: skip
+
 LATENT = _COMMON | {
     "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2, "num_key_value_heads": 4,
     "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

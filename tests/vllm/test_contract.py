@@ -153,6 +153,34 @@ def test_blocks_that_are_not_split_into_pages_are_refused() -> None:
         _check_page(SimpleNamespace(block_size=128))
 
 
+@pytest.mark.parametrize(
+    "model, packed",
+    [(models.SLIDING, 2), (models.SOFT_CAP, 2), (models.SINKS, 2), (models.MAMBA, 2), (models.GATED_DELTA, 1),
+     (models.HEAD_DIM_64, 4), (models.HEAD_DIM_256, 4)],
+    ids=["sliding", "soft cap", "sinks", "Mamba", "gated delta", "head_dim 64", "head_dim 256"],
+)  # fmt: skip
+def test_random_weights_are_made_loud_and_packed_layers_can_be_silenced(model: dict[str, Any], packed: int) -> None:
+    from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+
+    from vllm_engines import SINK, louder, outputs_of
+
+    config = vllm_standin.config_of(model)
+    built = vllm_standin.build(config, "cpu")
+    for name, weight in built.named_parameters():
+        initialize_single_dummy_weight(weight, name=name)
+    louder(built, config)
+    layers = config.compilation_config.static_forward_context
+    names = [name for name, layer in layers.items() if getattr(getattr(layer, "impl", None), "fmt", None)]
+    assert len(names) == packed
+    assert all(0.1 < weight.abs().max() < 0.31 for weight in outputs_of(built, names))
+    weights = dict(built.named_parameters())
+    loud = [name for name in weights if "qkv_proj.weight" in name or "embed" in name]
+    assert loud and all(0.01 < weights[name].abs().max() < 0.031 for name in loud)
+    assert all(layers[name].impl.has_sinks == (model is models.SINKS) for name in names)
+    if model is models.SINKS:
+        assert all((layers[name].impl._sinks == SINK).all() for name in names)
+
+
 def test_sinks_that_are_loaded_again_stay_where_graphs_look_for_them() -> None:
     from vllm.config import set_current_vllm_config
 
