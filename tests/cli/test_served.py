@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,15 @@ def test_options_of_servers_need_one(evaluate: Any) -> None:
     ran = evaluate("--reference", "http://localhost:8001")
     assert ran.code == 2 and "--reference needs --server" in ran.err
     assert "--server-chunk needs --server" in evaluate(*CHUNK).err
+
+
+def test_tasks_that_the_tokenizers_folder_has_no_files_for_are_left_out(
+    evaluate: Any, urls: tuple[str, str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "retrieval.json").unlink()
+    options = ("--set", "generation.texts=1", "--set", "generation.prefix=64", "--set", "generation.new=2")
+    ran = evaluate("--model", folder, "--server", urls[0], *CHUNK, *SMALL, *options, "--json")
+    assert ran.code == 0 and sorted(ran.data["tasks"]) == ["generation", "text"], ran.err
+    assert f"left out frequent, retrieval: model '{folder}' has no retrieval.json" in ran.err
