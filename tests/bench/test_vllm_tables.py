@@ -39,6 +39,8 @@ def test_more_tokens_and_less_time_are_better() -> None:
 def test_the_brief_table_leaves_out_memory_and_says_how_it_was_measured() -> None:
     found = report(value("auto", "capacity", 4, "tokens"), value("auto", "graph pool", 1, "GiB"))
     assert "| capacity |" in brief(found) and "graph pool" not in brief(found) and "Single runs." in brief(found)
+    load = "512 prompts, 3000 in, 500 out, 64 concurrent"
+    assert f"| {load} | 900 tokens/s |" in brief(report(value("auto", load, 900, "tokens/s")))
     assert brief(report()) == not_measured(SERVING_SCRIPT)
 
 
@@ -52,8 +54,8 @@ def test_conditions_name_commits_runs_and_failures() -> None:
     text = conditions(report(first))
     assert "NVIDIA H200 (Xeon): vLLM 0.33.0 on torch 2.11.0" in text and "commit 0123456789ab. Single runs." in text
     failure = {"model": "qwen2.5-7b", "kv_cache_dtype": "fp8", "error": "out of memory"}
-    text = conditions(report(first, second, failed=[failure]))
-    assert "commits 0123456789ab, def. Medians of up to 2 runs. `fp8` failed with qwen2.5-7b." in text
+    text = conditions(report(first, second, failed=[failure, failure]))
+    assert text.endswith("commits 0123456789ab, def. Medians of up to 2 runs. `fp8` failed with qwen2.5-7b.")
 
 
 def test_retrieval_is_paired_with_16_bits() -> None:

@@ -181,7 +181,7 @@ def test_a_median_is_of_one_commits_runs() -> None:
         return facts | {"value": number, "commit": commit, "kv_cache_dtype": cache_dtype}
 
     values = [value(1, "a"), value(2, "a"), value(3, "a", "fp8")]
-    for new in (value(4, "b"), value(5, "b")):
+    for new in (value(4, 12 * "b"), value(5, 40 * "b")):
         add_value(values, new)
     assert [old["value"] for old in values] == [3, 4, 5]
 

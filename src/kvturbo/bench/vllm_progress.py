@@ -61,7 +61,7 @@ def add_value(values: list[dict[str, Any]], value: dict[str, Any]) -> None:
     """Adds a figure, and drops those of other commits that it replaces: a median is of one commit's runs."""
 
     def replaced(old: Mapping[str, Any]) -> bool:
-        return old["commit"] != value["commit"] and all(
+        return old["commit"][:12] != value["commit"][:12] and all(
             old[name] == value[name] for name in ("what", "model", "kv_cache_dtype")
         )
 

@@ -14,8 +14,8 @@ NAMES = {"auto": "16 bits", "fp8": "`fp8`"}
 """What baselines are called; other cache dtypes by their flag."""
 OURS = "turboquant"
 SMALLER_IS_BETTER = ("ms", "GiB")
-BRIEF = ("capacity", "8 sequences", "decode step", "first token", "192 prompts")
-"""How the names of the README's rows begin."""
+BRIEF = ("capacity", "8 sequences", "decode step", "first token")
+"""How the names of the README's rows begin, beside those of throughputs."""
 
 
 def conditions(report: Report) -> str:
@@ -29,8 +29,8 @@ def conditions(report: Report) -> str:
     )
     most = max(_runs(report).values())
     text += f" {'Single runs' if most == 1 else f'Medians of up to {most} runs'}."
-    for failure in report["failed"]:
-        text += f" `{failure['kv_cache_dtype']}` failed with {failure['model']}."
+    for name, model in dict.fromkeys((failure["kv_cache_dtype"], failure["model"]) for failure in report["failed"]):
+        text += f" `{name}` failed with {model}."
     return text
 
 
@@ -44,7 +44,7 @@ def _runs(report: Report) -> Mapping[tuple[str, str, str], int]:
 
 def brief(report: Report) -> str:
     """The figures that users look at first, and on what and with what they were measured."""
-    rows = [row for row in report["rows"] if row["what"].startswith(BRIEF)]
+    rows = [row for row in report["rows"] if row["what"].startswith(BRIEF) or " prompts, " in row["what"]]
     return "\n\n".join([serving(report | {"rows": rows}), conditions(report)]) if rows else not_measured(SERVING_SCRIPT)
 
 
