@@ -113,7 +113,33 @@ def test_neighbours_that_rope_turns_together_stay_together(tmp_path: Path, model
 
 def test_a_checkpoint_without_the_projection_is_named(tmp_path: Path) -> None:
     folder = _folder(tmp_path, **{"qkv_proj.weight": _weights()})
-    with pytest.raises(ValueError, match=r"no unquantised layers\.3\.self_attn\.k_proj\.weight of 4 heads"):
+    with pytest.raises(
+        ValueError, match=r"no layers\.3\.self_attn\.k_proj\.weight of 4 heads, in 16 bits or more or in fp8"
+    ):
+        _chosen(folder, 4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("weight_scale", ()), ("weight_scale", (1,)), ("weight_scale", (512, 1)), ("weight_scale_inv", (4, 1)),
+     ("weight_scale_inv", (4, 2))],
+)  # fmt: skip
+def test_weights_of_8_bits_count_with_their_scales(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    bias, wanted = _biased()
+    scale = 0.01 * torch.ones(shape)
+    tensors = {
+        "k_proj.weight": (_weights() / 0.01).to(torch.float8_e4m3fn),
+        "k_proj.bias": bias / 10,  # beside the weights themselves it is large, beside their 8 bits small
+    }
+    folder = _folder(tmp_path, **tensors, **{f"k_proj.{name}": scale})
+    assert _chosen(folder, 4, 1, 0).tolist() == wanted
+    assert Checkpoint(folder).key_weights(LAYER, 4, 128, False).second_moment.max() < 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_without_a_scale_are_not_taken_for_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = _folder(tmp_path, **{"k_proj.weight": (10 * _weights()).to(dtype)})
+    with pytest.raises(ValueError, match="or in fp8 or int8 with a weight_scale; -o formats need it"):
         _chosen(folder, 4, 1, 0)
 
 

@@ -30,6 +30,8 @@ UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_mo
 """Model types whose norms multiply by 1 + weight, without the same."""
 SPIKED_SHARE = 0.6
 """A head whose 16 strongest channels hold more than this share of the second moment needs `-o16`: white keys have 0.13 to 0.25."""
+_DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|speech)")
 
@@ -97,23 +99,41 @@ class Checkpoint:
             unit_offset: whether norms multiply by 1 + weight.
 
         Raises:
-            ValueError: the checkpoint has no `k_proj` for the layer.
+            ValueError: the checkpoint has no `k_proj` for the layer, or not in numbers.
         """
         module = _module(layer_name)
         gain = self.find(f"{module}.k_norm.weight")
         if gain is not None and gain.numel() == head_dim:
             moment = (gain.double() + unit_offset).square()
             return KeyWeights(moment.expand(num_kv_heads, -1), biased=False)
-        weight, bias = self.find(f"{module}.k_proj.weight"), self.find(f"{module}.k_proj.bias")
-        if weight is None or weight.numel() % (num_kv_heads * head_dim) or weight.shape[0] != num_kv_heads * head_dim:
+        weight, bias = self._projection(f"{module}.k_proj"), self.find(f"{module}.k_proj.bias")
+        if weight is None or weight.shape[0] != num_kv_heads * head_dim:
             raise ValueError(
-                f"kvturbo: the checkpoint has no unquantised {module}.k_proj.weight of {num_kv_heads} heads; use a format "
-                "without -o"
+                f"kvturbo: the checkpoint has no {module}.k_proj.weight of {num_kv_heads} heads, in 16 bits or more or in fp8 or "
+                "int8 with a weight_scale; -o formats need it"
             )
-        moment = weight.double().square().sum(1)
+        moment = weight.square().sum(1)
         if bias is not None:
             moment = moment + bias.double().square()
         return KeyWeights(moment.view(num_kv_heads, head_dim), biased=bias is not None)
+
+    def _projection(self, name: str) -> Tensor | None:
+        """A projection's weights [out, in] in fp64, those of 8 bits times their scales; None if there are none like that."""
+        weight = self.find(f"{name}.weight")
+        if weight is None or weight.ndim != 2:
+            return None
+        if weight.dtype in _DENSE:
+            return weight.double()
+        scale = self.find(f"{name}.weight_scale")
+        scale = self.find(f"{name}.weight_scale_inv") if scale is None else scale
+        if scale is None or weight.dtype not in _EIGHT_BIT:
+            return None
+        scale = scale.double().view(-1, 1) if scale.ndim < 2 else scale.double()  # of the whole, of rows, or of blocks
+        if any(size % count for size, count in zip(weight.shape, scale.shape, strict=True)):
+            return None
+        for side in range(2):
+            scale = scale.repeat_interleave(weight.shape[side] // scale.shape[side], side)
+        return weight.double() * scale
 
 
 def _module(layer_name: str) -> str:
