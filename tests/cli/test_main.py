@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvturbo as package
+from kvturbo.cli import harness
 from kvturbo.cli.main import COMMANDS
 
 
@@ -81,3 +82,13 @@ def test_a_reader_that_goes_away_leaves_no_traceback(tmp_path: Path) -> None:
     program = f"set -o pipefail; {sys.executable} -m kvturbo info k4v4 | true"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_the_harness_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name == "kvturbo.eval.lm_eval" or name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert harness.main() == 1
+    assert capsys.readouterr().err == "kvturbo-lm-eval: needs lm_eval: pip install 'kvturbo[lm-eval]'\n"

@@ -1,1 +1,1 @@
-"""The `kvturbo` command: one file per subcommand."""
+"""The `kvturbo` command: one file per subcommand. `harness` is the command `kvturbo-lm-eval`."""
