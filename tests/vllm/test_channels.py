@@ -119,6 +119,18 @@ def test_a_checkpoint_without_the_projection_is_named(tmp_path: Path) -> None:
         _chosen(folder, 4, 1, 0)
 
 
+@pytest.mark.parametrize("layer", ["model.layers.3.attn.attn", "model.layers.3.attn"], ids=["gpt-oss", "Jamba"])
+def test_a_layer_that_vllm_calls_otherwise_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    monkeypatch.setattr(channels, "tensor_rank", lambda: 0)
+    bias, wanted = _biased()
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias})
+    module = SimpleNamespace(layer_name=layer, is_draft_layer=False)
+    assert outlier_channels(module, FMT, 4, _config(folder, 4)).tolist() == wanted
+    assert Checkpoint(folder).biased(layer) and not Checkpoint(folder).biased(layer.replace("3", "4"))
+
+
 @pytest.mark.parametrize(
     "name, shape",
     [("weight_scale", ()), ("weight_scale", (1,)), ("weight_scale", (512, 1)), ("weight_scale_inv", (4, 1)),

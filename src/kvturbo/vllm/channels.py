@@ -33,6 +33,8 @@ SPIKED_SHARE = 0.6
 _DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ATTENTION = re.compile(r"^(layers\.\d+\.)(?:\w+\.)?(k_(?:proj|norm)\.\w+)$")
+"""What some models (gpt-oss, Jamba) call attention in vLLM, but not in their checkpoints, where it is `self_attn`."""
 _TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|speech)")
 
 
@@ -73,8 +75,12 @@ class Checkpoint:
             raise FileNotFoundError(f"no safetensors in {folder}")
 
     def _name(self, suffix: str) -> str | None:
-        names = [name for name in self._files if name.endswith("." + suffix) or name == suffix]
-        return min((name for name in names if not _TOWERS.search(name)), key=len, default=None)
+        for end in (suffix, _ATTENTION.sub(r"\1self_attn.\2", suffix)):
+            names = [name for name in self._files if name.endswith("." + end) or name == end]
+            names = [name for name in names if not _TOWERS.search(name)]
+            if names:
+                return min(names, key=len)
+        return None
 
     def biased(self, layer_name: str) -> bool:
         """Whether a constant is added to a layer's keys; reads no weights."""
