@@ -10,9 +10,10 @@ def main() -> int:
     try:
         from kvturbo.eval.lm_eval import main as run
     except ModuleNotFoundError as error:
-        if error.name not in ("lm_eval", "transformers"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("lm_eval", "transformers"):
             raise
-        print(f"kvturbo-lm-eval: needs {error.name}: pip install 'kvturbo[lm-eval]'", file=sys.stderr)
+        print(f"kvturbo-lm-eval: needs {package}: pip install 'kvturbo[lm-eval]'", file=sys.stderr)
         return 1
     run()
     return 0
