@@ -93,7 +93,9 @@ def test_a_norm_of_keys_hides_the_projection(tmp_path: Path) -> None:
     assert all({7, 71, 9, 73} <= set(row) for row in chosen.tolist())
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma3_text", "gemma3"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next_mtp", "gemma3_text", "gemma3"]
+)
 def test_norms_that_add_one_are_known_by_the_language_models_type_too(tmp_path: Path, model_type: str) -> None:
     gain = torch.full((128,), -0.9)  # channels are multiplied by 0.1, but for two
     gain[[7, 9]] = 0.0
@@ -185,10 +187,34 @@ def test_a_draft_model_has_channels_of_its_own(tmp_path: Path, monkeypatch: pyte
         folder.mkdir()
         _folder(folder, **{"k_proj.weight": _weights(), "k_proj.bias": bias.roll(shift)})
     config = _config(folders[0], 4)
-    config.speculative_config = SimpleNamespace(draft_model_config=_config(folders[1], 4).model_config)
+    draft_model = _config(folders[1], 4).model_config
+    config.speculative_config = SimpleNamespace(draft_model_config=draft_model, method="draft_model")
     draft = SimpleNamespace(layer_name=LAYER, is_draft_layer=True)
     assert outlier_channels(MODULE, FMT, 4, config).tolist() == wanted
     assert outlier_channels(draft, FMT, 4, config).tolist() == [[c + 1 for c in row] for row in wanted]
+
+
+def test_a_models_own_drafting_layers_have_channels_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "tensor_rank", lambda: 0)
+    bias, wanted = _biased()
+    folder = _folder(tmp_path, **{"k_proj.weight": _weights(), "k_proj.bias": bias})
+    prefix = "mtp.layers.0.self_attn.k_proj"
+    save_file({f"{prefix}.weight": _weights(), f"{prefix}.bias": bias.roll(1)}, folder / "c.safetensors")
+    config = _config(folder, 4)
+    config.speculative_config = SimpleNamespace(draft_model_config=config.model_config, method="mtp")
+    draft = SimpleNamespace(layer_name="mtp.layers.0.self_attn.attn", is_draft_layer=True)
+    for planned in (False, True):
+        if planned:
+            _write_plan(folder)
+        assert outlier_channels(draft, FMT, 4, config).tolist() == [[c + 1 for c in row] for row in wanted]
+    (folder / "kvturbo.json").unlink()
+    prefix = "model.layers.0.self_attn.k_proj"
+    save_file({f"{prefix}.weight": _weights(), f"{prefix}.bias": bias}, folder / "d.safetensors")
+    channels._checkpoint.cache_clear()
+    target = SimpleNamespace(layer_name="model.layers.0.self_attn.attn", is_draft_layer=False)
+    assert outlier_channels(target, FMT, 4, config).tolist() == wanted
 
 
 @pytest.mark.parametrize("name, warned", [("k4v4", True), ("k4v4-o16", False), ("k8v4", False)])

@@ -79,7 +79,7 @@ class Checkpoint:
             names = [name for name in self._files if name.endswith("." + end) or name == end]
             names = [name for name in names if not _TOWERS.search(name)]
             if names:
-                return min(names, key=len)
+                return min(names, key=lambda name: (name.startswith("mtp."), len(name)))
         return None
 
     def biased(self, layer_name: str) -> bool:
@@ -190,7 +190,9 @@ def outlier_channels(layer: Any, fmt: KVFormat, num_kv_heads: int, vllm_config: 
     """
     model = model_of(layer, vllm_config)
     total, parallel = model.get_total_num_kv_heads(), vllm_config.parallel_config
-    plan = plan_of(model)
+    # A model's own drafting layers lie in its folder and are counted from 0 again: the plan is not for them.
+    drafts = layer.is_draft_layer and vllm_config.speculative_config.method != "draft_model"
+    plan = None if drafts else plan_of(model)
     if plan is not None:
         chosen = planned_channels(plan, layer.layer_name, fmt, total, plan_path(model))
         return chosen[heads_of_rank(total, num_kv_heads, parallel.tensor_parallel_size, tensor_rank())]
@@ -208,7 +210,7 @@ def outlier_channels(layer: Any, fmt: KVFormat, num_kv_heads: int, vllm_config: 
 
 
 def _family(text_config: Any) -> str:
-    return str(text_config.model_type).removesuffix("_text")
+    return str(text_config.model_type).removesuffix("_text").removesuffix("_mtp")  # vLLM's name of a model's own drafts
 
 
 def unit_offset(text_config: Any) -> bool:
