@@ -66,8 +66,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     for name, default in foreign.items():
         if getattr(arguments, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} {reason}")
-    if arguments.timeout <= 0:
-        raise ValueError(f"--timeout must be above 0 seconds, got {arguments.timeout:g}")
+    if not 0 < arguments.timeout < float("inf"):
+        raise ValueError(f"--timeout must be a number of seconds above 0, got {arguments.timeout:g}")
 
 
 def task_options(arguments: argparse.Namespace) -> list[str]:
