@@ -18,6 +18,7 @@ from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
 from kvturbo.ops.decode import cuda, variants
 from kvturbo.ops.decode.reference import decode as reference_decode
+from kvturbo.ops.recent import Recent
 from kvturbo.ops.sharing import SharedSchedules
 from support import Batch, batch_of, ints, relative_error, same_bits
 
@@ -41,6 +42,7 @@ class Case:
         group, queries: query heads per KV head, and rows of q per sequence.
         dtype, out: of q and of the output.
         few: whether it is the kernel for few tasks.
+        ring: newest tokens that it reads raw, 0: none.
     """
 
     name: str
@@ -51,10 +53,11 @@ class Case:
     dtype: torch.dtype = torch.float32
     out: torch.dtype = torch.float32
     few: bool = False
+    ring: int = 0
 
     @property
     def label(self) -> str:
-        few = "-few" if self.few else ""
+        few = ("-few" if self.few else "") + (f"-recent{self.ring}" if self.ring else "")
         return f"{self.name}-{self.head_dim}-{self.page_size}-{self.group}x{self.queries}{few}"
 
     @property
@@ -72,6 +75,7 @@ class Case:
             self.queries,
             self.few,
             LIMITS if self.few else variants.Limits(),
+            self.ring,
         )
 
     @property
@@ -128,12 +132,16 @@ class Runner:
         """Out and lse; memory that the kernel has to write is NaN before."""
         self.kernel.backwards = backwards
         out = torch.full(q.shape, math.nan, dtype=self.case.out)
-        schedule = cuda.make_schedule(q, batch.pages, batch.seq_lens, fmt=batch.fmt, out_dtype=out.dtype)
+        recent = options.get("recent")
+        schedule = cuda.make_schedule(
+            q, batch.pages, batch.seq_lens, fmt=batch.fmt, out_dtype=out.dtype, ring_size=self.case.ring
+        )
         assert schedule.variant == self.case.variant
         schedule.workspace.fill_(math.nan)
         lens = [ints(options.pop(name, None), "cpu") for name in ("q_lens", "seq_starts")]
         tensors = {"q_lens": lens[0], "seq_starts": lens[1]}
-        schedule.update(batch.seq_lens, **tensors, window=options.get("window"))
+        counts = None if recent is None else recent.counts
+        schedule.update(batch.seq_lens, **tensors, window=options.get("window"), recent_counts=counts)
         lse = cuda.decode(
             q, batch.pages, batch.block_table, batch.seq_lens, out,
             scale=SCALE, schedule=schedule, **batch.format_options(), **tensors, **options,
@@ -159,6 +167,8 @@ def reference(q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=torch.float64)
     for name in ("q_lens", "seq_starts"):
         options[name] = ints(options.get(name), "cpu")
+    if options.get("recent") is not None:
+        options["recent"] = options["recent"]._replace(rows=options["recent"].rows.double())
     lse = reference_decode(
         q.double(), batch.pages, batch.block_table, batch.seq_lens, out,
         scale=SCALE, **batch.format_options(), **options,
@@ -203,6 +213,43 @@ def pieces(plan: Tensor) -> int:
     big, total = int(plan[0]), int(plan[2])
     records = plan[8 : int(plan[4])].view(-1, 8)[:CTAS].tolist()
     return sum((c * big - r[1]) % r[2] != 0 for c, r in enumerate(records) if c * big < total)
+
+
+RECENT_CASES = (
+    Case("k4v4", 128, 32, 4, dtype=torch.bfloat16, ring=16),
+    Case("k4v3", 80, 16, 3, 3, ring=8),
+    Case("k4v4-o16", 192, 16, 8, dtype=torch.float16, ring=32),
+    Case("k4v4", 128, 16, 8, few=True, ring=16),
+)
+
+
+def rings(batch: Batch, counts: list[int], size: int, dtype: torch.dtype) -> Recent:
+    """Rings of other keys and values than the pages have; everything that nobody is to read is NaN."""
+    heads, head_dim = batch.k[0].shape[1:]
+    rows = torch.full((len(counts) + 2, heads, 2, size, head_dim), math.nan, dtype=dtype)
+    slots = torch.tensor([(3 * i + 1) % (len(counts) + 1) for i in range(len(counts))], dtype=torch.int32)
+    for i, count in enumerate(counts):
+        for p in range(len(batch.k[i]) - count, len(batch.k[i])):
+            rows[slots[i], :, 0, p % size], rows[slots[i], :, 1, p % size] = 0.8 * batch.k[i][p], 1.2 * batch.v[i][p]
+    slots[torch.tensor(counts) == 0] = -1
+    return Recent(rows, slots, torch.tensor(counts, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 10}, {"window": 150, "sinks": True, "soft_cap": 1.5}, {"starts": True}])
+@pytest.mark.parametrize("kernel", RECENT_CASES, ids=lambda case: case.label, indirect=True)
+def test_newest_tokens_are_read_raw(run: Runner, options: dict[str, Any]) -> None:
+    batch, size = run.batch(), run.case.ring
+    options = dict(options, q_lens=None if run.case.queries == 1 else run.case.q_lens)
+    if options.pop("starts", False):
+        options["seq_starts"] = [690, 0, 1, 250, 70, 128]
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-2, 3, HEADS * run.case.group)
+    q = run.queries(batch)
+    for counts in ([size, 0, 3, 5, size, 1], [0] * 6, [min(size, n) for n in LENGTHS]):
+        recent = rings(batch, counts, size, q.dtype)
+        run.check(q, batch, recent=recent, **options)
+    packed, raw = (reference(q, batch, recent=x, **options)[0] for x in (None, recent))
+    assert relative_error(packed, raw) > 5 * run.case.bound, "raw tokens make no difference"
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

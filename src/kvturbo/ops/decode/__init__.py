@@ -11,10 +11,11 @@ from torch import Tensor
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends, checks
 from kvturbo.ops.calls import CheckedCalls, traits
+from kvturbo.ops.recent import Recent, check_recent
 from kvturbo.ops.sharing import SharedSchedules
 
 Run = Callable[..., tuple[Tensor, Tensor]]
-"""Takes q, pages, block_table, seq_lens, out (or None), q_lens, seq_starts, sinks, outlier_channels, schedule; returns out, lse."""
+"""Takes q, pages, block_table, seq_lens, out (or None), q_lens, seq_starts, sinks, outlier_channels, schedule, recent; returns out, lse."""
 _CHECKED: CheckedCalls[Run] = CheckedCalls()
 
 
@@ -32,6 +33,7 @@ def decode(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     outlier_channels: Tensor | None = None,
+    recent: Recent | None = None,
     schedule: Any = None,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -53,6 +55,7 @@ def decode(
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sinks: [num_q_heads] fp32, a logit per head in the softmax without a value.
         outlier_channels: [num_kv_heads, fmt.channel_count] int64, as given to store.
+        recent: raw keys and values of the newest tokens, which are read instead of the packed ones (default: none).
         schedule: a plan of splits made once for all layers of a step, or `kvturbo.ops.sharing.SharedSchedules`, which has
             it made (GPU backends; default: made here, in every call).
         out: [T, num_q_heads, d] to write into, of any floating dtype; it must not share memory with q.
@@ -73,12 +76,13 @@ def decode(
             block_table.shape, block_table.stride(), block_table.dtype, block_table.device,
             seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.device, traits(q_lens), traits(seq_starts),
             traits(sinks), traits(outlier_channels), traits(out), fmt, scale, window, soft_cap, backend,
+            None if recent is None else (*map(traits, recent),),
         )  # fmt: skip
         last, run = _CHECKED.last
         if last != kind:
             run = _CHECKED.get(kind)
         if run is not None:
-            return run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule)
+            return run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule, recent)
     page_size = checks.check_pages(pages, fmt)
     checks.check_vectors("q", q, fmt, pages)
     checks.check_heads(q, pages)
@@ -87,6 +91,7 @@ def decode(
     checks.check_starts(seq_starts, seq_lens.shape[0], pages)
     checks.check_scores(scale, window, soft_cap, sinks, q)
     _check_queries(q, seq_lens, q_lens, pages)
+    check_recent(recent, q, seq_lens, pages)
     if out is not None and (out.shape != q.shape or out.dtype not in checks.FLOATS or out.device != q.device):
         raise ValueError(f"out must be floating point {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)}")
     if compiling:
@@ -95,20 +100,20 @@ def decode(
             raise ValueError("schedule can't be passed inside torch.compile; leave it out")
         lse = torch.ops.kvturbo.decode(
             q, pages, block_table, seq_lens, out, fmt.name, fmt.seed, scale,
-            q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, backend,
+            q_lens, seq_starts, window, soft_cap, sinks, outlier_channels, backend, *(recent or (None, None, None)),
         )  # fmt: skip
         return out, lse
     tensors = q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels
     name = backends.choose(backend, "decode", pages.device, fmt)
-    run = _prepared(name, tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
+    run = _prepared(name, tensors, recent, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
     _CHECKED.remember(kind, run, pages.device, scale, window, soft_cap)
-    return run(*tensors, schedule)
+    return run(*tensors, schedule, recent)
 
 
-def _prepared(backend: str, tensors: tuple[Tensor | None, ...], **options: Any) -> Run:
+def _prepared(backend: str, tensors: tuple[Tensor | None, ...], recent: Recent | None, **options: Any) -> Run:
     """A backend's decode with its options filled in; the cuda backend works out more of a call beforehand."""
     if backend == "cuda":
-        return backends.load("decode", "cuda", "prepare")(*tensors, **options)
+        return backends.load("decode", "cuda", "prepare")(*tensors, recent, **options)
     decode = backends.load("decode", backend)
 
     def run(
@@ -122,11 +127,12 @@ def _prepared(backend: str, tensors: tuple[Tensor | None, ...], **options: Any) 
         sinks: Tensor | None,
         outlier_channels: Tensor | None,
         schedule: Any,
+        recent: Recent | None,
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         return out, decode(
             q, pages, block_table, seq_lens, out, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks,
-            outlier_channels=outlier_channels, schedule=schedule, **options,
+            outlier_channels=outlier_channels, recent=recent, schedule=schedule, **options,
         )  # fmt: skip
 
     return run

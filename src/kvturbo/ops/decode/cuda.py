@@ -19,6 +19,7 @@ from kvturbo.layout import PageLayout
 from kvturbo.ops.decode.loading import kernels as _kernels
 from kvturbo.ops.decode.loading import warmup
 from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
+from kvturbo.ops.recent import Recent
 from kvturbo.ops.sharing import SharedSchedules
 
 __all__ = ["Schedule", "decode", "make_schedule", "prepare", "warmup"]
@@ -35,7 +36,11 @@ class _Params(Parameters):
             (name, ctypes.c_void_p)
             for name in ("q", "pages", "block_table", "seq_lens", "q_lens", "seq_starts", "sinks")
         ),
-        *((name, ctypes.c_void_p) for name in ("outlier_channels", "plan", "workspace", "counters", "out", "lse")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("outlier_channels", "recent", "recent_slots", "recent_counts", "plan", "workspace")
+        ),
+        *((name, ctypes.c_void_p) for name in ("counters", "out", "lse")),
         ("block_stride", ctypes.c_uint32),
         *((name, ctypes.c_int) for name in ("table_stride", "batch", "rows", "kv_heads", "window")),
         ("scale_log2", ctypes.c_float),
@@ -44,7 +49,7 @@ class _Params(Parameters):
     )
 
 
-_ADDRESSES = struct.Struct("13P")
+_ADDRESSES = struct.Struct("16P")
 """The first fields of `_Params`; the others are the same in all calls of a kind."""
 
 
@@ -52,7 +57,7 @@ class _ScheduleParams(Parameters):
     """`Params` of schedule.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("seq_lens", "q_lens", "seq_starts", "plan")),
+        *((name, ctypes.c_void_p) for name in ("seq_lens", "q_lens", "seq_starts", "recent_counts", "plan")),
         *(
             (name, ctypes.c_int)
             for name in ("batch", "window", "kv_heads", "group", "rows", "step", "ctas", "min_chunk")
@@ -60,7 +65,7 @@ class _ScheduleParams(Parameters):
     )
 
 
-_SCHEDULE_FIELDS = struct.Struct("4P8i")
+_SCHEDULE_FIELDS = struct.Struct("5P8i")
 
 
 Memory = tuple[Tensor, Tensor]
@@ -99,7 +104,7 @@ class Schedule:
     ) -> None:
         self.variant, self.batch, self.kv_heads, self.device = variant, batch, kv_heads, device
         self.window: int | None = None
-        self._planned = False
+        self._planned, self._counts_at = False, 0
         self._decode, self._plan, self.ctas = _kernels(variant, device)
         ints = 8 + 8 * _CHUNKS_PER_CTA * self.ctas + 2 * (batch + 1)
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
@@ -120,19 +125,20 @@ class Schedule:
         q_lens: Tensor | None = None,
         seq_starts: Tensor | None = None,
         window: int | None = None,
+        recent_counts: Tensor | None = None,
     ) -> None:
-        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode`.
+        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode` (recent_counts: those of `recent`).
 
         Raises:
             ValueError: a tensor is not contiguous.
         """
-        _check_contiguous(seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts)
-        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts)
+        _check_contiguous(seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, recent_counts=recent_counts)
+        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts), pointer(recent_counts)
         self._update(lens, window, current_stream(self.device.index))
 
-    def _update(self, lens: tuple[int, int, int], window: int | None, stream: int) -> None:
-        """Takes the addresses of seq_lens, q_lens and seq_starts."""
-        self.window, self._planned = window, True
+    def _update(self, lens: tuple[int, int, int, int], window: int | None, stream: int) -> None:
+        """Takes the addresses of seq_lens, q_lens, seq_starts and recent_counts."""
+        self.window, self._counts_at, self._planned = window, lens[3], True
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
@@ -175,18 +181,28 @@ def _idle_schedules(shape: _Shape, stream: int) -> list[Schedule]:
 
 
 def make_schedule(
-    q: Tensor, pages: Tensor, seq_lens: Tensor, *, fmt: KVFormat, out_dtype: torch.dtype | None = None
+    q: Tensor,
+    pages: Tensor,
+    seq_lens: Tensor,
+    *,
+    fmt: KVFormat,
+    out_dtype: torch.dtype | None = None,
+    ring_size: int = 0,
 ) -> Schedule:
     """A schedule for decode calls with such tensors; call its `update` once per step, before the step's decodes.
 
     Args:
         q, pages, seq_lens, fmt: as in `kvturbo.ops.decode`.
         out_dtype: of the outputs (default: q's).
+        ring_size: of the calls' `recent`; 0 for calls without.
     """
-    return Schedule(_variant(q, pages, seq_lens, fmt, out_dtype or q.dtype), len(seq_lens), pages.shape[1], q.device)
+    variant = _variant(q, pages, seq_lens, fmt, out_dtype or q.dtype, ring_size)
+    return Schedule(variant, len(seq_lens), pages.shape[1], q.device)
 
 
-def _variant(q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtype: torch.dtype) -> Variant:
+def _variant(
+    q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtype: torch.dtype, ring_size: int
+) -> Variant:
     for name, dtype in (("q", q.dtype), ("out", out_dtype)):
         if dtype not in TYPES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, TYPES))} for the cuda backend, got {dtype}")
@@ -194,7 +210,7 @@ def _variant(q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtyp
     q_len = -(-q.shape[0] // max(1, batch))
     return variant_for(
         fmt, PageLayout.page_size_of(fmt, pages.shape[2]), q.dtype, out_dtype, q.shape[1] // kv_heads, q_len,
-        batch * kv_heads, limits_of(q.device),
+        batch * kv_heads, limits_of(q.device), ring_size,
     )  # fmt: skip
 
 
@@ -208,13 +224,14 @@ class _Call:
         block_table: Tensor,
         seq_lens: Tensor,
         out_dtype: torch.dtype,
+        recent: Recent | None,
         *,
         fmt: KVFormat,
         scale: float,
         window: int | None,
         soft_cap: float | None,
     ) -> None:
-        variant = _variant(q, pages, seq_lens, fmt, out_dtype)
+        variant = _variant(q, pages, seq_lens, fmt, out_dtype, 0 if recent is None else recent.size)
         self.shape = _shape(variant, len(seq_lens), pages.shape[1], q.device)
         self.window = window
         one = torch.empty((), dtype=torch.float32, device=q.device)
@@ -237,6 +254,7 @@ class _Call:
         sinks: Tensor | None,
         outlier_channels: Tensor | None,
         schedule: Any,
+        recent: Recent | None,
     ) -> tuple[Tensor, Tensor]:
         """Launches the kernel for a contiguous q, and without a schedule that of the plan before it; returns out and lse."""
         shape, idle = self.shape, None
@@ -246,16 +264,18 @@ class _Call:
         out = torch.empty_like(q) if out is None else out
         lse = torch.empty_like(self._lse, memory_format=torch.contiguous_format)
         stream = current_stream(shape.device.index)
+        rings = (0, 0, 0) if recent is None else tuple(map(Tensor.data_ptr, recent))
         lens = (
             seq_lens.data_ptr(),
             0 if q_lens is None else q_lens.data_ptr(),
             0 if seq_starts is None else seq_starts.data_ptr(),
+            rings[2],
         )
         if schedule is not None and not isinstance(schedule, SharedSchedules):
-            self._check(schedule)
+            self._check(schedule, rings[2])
         elif torch.cuda.is_current_stream_capturing():  # a captured graph gets one of its own, in its own memory
             schedule = self._planned(Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device), lens, stream)
-        elif schedule is None:
+        elif schedule is None or recent is not None:  # whose counts shared plans don't know
             idle = _idle_schedules(shape, stream)
             try:
                 schedule = idle.pop()
@@ -270,10 +290,11 @@ class _Call:
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
-            parameters = _Params(*[None] * 13, *self._sizes)
+            parameters = _Params(*[None] * 16, *self._sizes)
         _ADDRESSES.pack_into(
-            parameters, 0, q.data_ptr(), at_pages, block_table.data_ptr(), *lens, 0 if sinks is None else sinks.data_ptr(),
-            0 if outlier_channels is None else outlier_channels.data_ptr(), *schedule._addresses, out.data_ptr(), lse.data_ptr(),
+            parameters, 0, q.data_ptr(), at_pages, block_table.data_ptr(), *lens[:3], 0 if sinks is None else sinks.data_ptr(),
+            0 if outlier_channels is None else outlier_channels.data_ptr(), *rings, *schedule._addresses, out.data_ptr(),
+            lse.data_ptr(),
         )  # fmt: skip
         schedule._decode.launch(schedule.ctas, schedule._threads, parameters, stream)
         self._spare.append(parameters)
@@ -281,13 +302,13 @@ class _Call:
             idle.append(schedule)
         return out, lse
 
-    def _planned(self, last: Schedule | None, lens: tuple[int, int, int], stream: int) -> Schedule:
+    def _planned(self, last: Schedule | None, lens: tuple[int, int, int, int], stream: int) -> Schedule:
         """A plan in the memory of the last one."""
         schedule = last or _schedule_of(self.shape, stream)
         schedule._update(lens, self.window, stream)
         return schedule
 
-    def _check(self, schedule: Any) -> None:
+    def _check(self, schedule: Any, counts_at: int) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"the cuda backend needs a schedule of make_schedule, got {type(schedule).__name__}")
         shape = self.shape
@@ -300,6 +321,8 @@ class _Call:
             raise ValueError(
                 f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
             )
+        if schedule._counts_at != counts_at:
+            raise ValueError("the schedule was updated with other recent_counts than those of this call's recent")
         if not schedule._planned:
             raise RuntimeError("the schedule has no plan: call its update before the step's decodes")
 
@@ -314,6 +337,7 @@ def prepare(
     seq_starts: Tensor | None,
     sinks: Tensor | None,
     outlier_channels: Tensor | None,
+    recent: Recent | None,
     *,
     fmt: KVFormat,
     scale: float,
@@ -326,7 +350,7 @@ def prepare(
         q, pages, ...: of a call, as in `kvturbo.ops.decode`.
 
     Returns:
-        What runs calls with such tensors: takes the same ones, then a schedule or None; returns out, made if None, and lse.
+        What runs calls with such tensors: takes the same ones, a schedule or None before the last; returns out, made if None, and lse.
 
     Raises:
         TypeError, ValueError: the kernel can't do it.
@@ -334,9 +358,12 @@ def prepare(
     if not len(q) or not len(seq_lens) or not len(pages):
         return _nothing
     out_dtype = q.dtype if out is None else out.dtype
-    run = _Call(q, pages, block_table, seq_lens, out_dtype, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap).run
+    run = _Call(
+        q, pages, block_table, seq_lens, out_dtype, recent, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap
+    ).run
+    slots, counts = (None, None) if recent is None else recent[1:]
     _check_contiguous(
-        out=out, seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels
+        out=out, slots=slots, counts=counts, seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels
     )
     if block_table.stride(1) != 1:
         raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
@@ -379,8 +406,10 @@ def decode(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     outlier_channels: Tensor | None = None,
+    recent: Recent | None = None,
     schedule: Schedule | None = None,
 ) -> Tensor:
     """See `kvturbo.ops.decode`; writes into out and returns lse."""
     tensors = q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels
-    return prepare(*tensors, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)(*tensors, schedule)[1]
+    run = prepare(*tensors, recent, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap)
+    return run(*tensors, schedule, recent)[1]

@@ -48,6 +48,9 @@ struct Params {
   const int* seq_starts;      // [B] or null
   const float* sinks;         // [kv_heads * GROUP] or null
   const i64* outlier_channels;  // [kv_heads, OUTLIERS] or null
+  const void* recent;         // [slots, kv_heads, 2, RECENT, D] of q's type: raw keys and values of position x at x % RECENT
+  const int* recent_slots;    // [B]
+  const int* recent_counts;   // [B]: newest tokens of a sequence that are read there and not from pages
   const int* plan;            // see schedule.cu
   float* workspace;           // [2 * chunks, PART]
   u32* counters;              // tickets, then arrivals by chunk and warp: zero between launches
@@ -245,7 +248,9 @@ struct Ring {
 
 struct Task {
   int sequence, head, row0;      // KV head, first row of the row block
-  int length, q_len, q_row;      // of the sequence; its first row in q
+  int length, q_len, q_row;      // of the sequence, in pages; its first row in q
+  int recent;                    // tokens beyond that length, which are not read from pages
+  DEV int position(int query) const { return length + recent - q_len + query; }
 };
 
 struct Plan {  // see schedule.cu
@@ -260,19 +265,21 @@ struct Plan {  // see schedule.cu
 
 struct Place {  // of a CTA in its chunks
   int4 r0;      // of the present task: sequence, steps before it, of a task of it, task
-  int4 r1;      // the sequence's length, rows of q before it, q_len, start
+  int4 r1;      // the sequence's length in pages, rows of q before it, q_len (and 256 times the tokens beyond that length), start
   int chunk, at, stop, before;  // the next piece's first step, the chunk's end, steps of earlier pieces
   DEV void read_record(const Params& p) { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); }
-  DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * r1.z + ROWS - 1) / ROWS); }
+  DEV int q_len() const { return RECENT ? r1.z & 255 : r1.z; }
+  DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * q_len() + ROWS - 1) / ROWS); }
   DEV void next_task(const Params& p) {
     if (++r0.w, at < r0.y + r0.z * tasks(p)) return;
     const int* cum = p.plan + p.plan[4];
     const int* q_rows = cum + p.batch + 1;
     int b = r0.x + 1;
     while (at >= cum[b + 1]) b++;  // sequences without tasks
-    r1.x = p.seq_lens[b];
+    const int recent = RECENT ? p.recent_counts[b] : 0;
+    r1.x = p.seq_lens[b] - recent;
     r1.y = q_rows[b];
-    r1.z = q_rows[b + 1] - r1.y;
+    r1.z = q_rows[b + 1] - r1.y | recent << 8;
     r1.w = p.seq_starts ? p.seq_starts[b] : 0;
     r0.x = b;
     r0.y = cum[b];
@@ -294,7 +301,8 @@ struct Piece {
     k.sequence = r0.x;
     k.length = r1.x;
     k.q_row = r1.y;
-    k.q_len = r1.z;
+    k.q_len = x.q_len();
+    k.recent = RECENT ? r1.z >> 8 : 0;
     start = min(r1.w, k.length);  // it may lie anywhere beyond the end
     steps = r0.z;
     begin = r0.y + r0.w * steps;
@@ -584,26 +592,89 @@ DEV void make_query(const Params& p, const Task& k, int start, const Queries& sh
     q.scale[m] = shared.scale[r];
     q.o_scale[m] = OUTLIERS ? shared.o_scale[r] : 0.f;
     q.bias[m] = shared.bias[r];
-    q.hi[m] = qi < k.q_len ? k.length - k.q_len + qi : -1;
+    q.hi[m] = qi < k.q_len ? k.position(qi) : -1;
     q.lo[m] = p.window > 0 ? max(start, q.hi[m] - p.window + 1) : start;
+    if (RECENT) q.hi[m] = min(q.hi[m], k.length - 1);
   }
 }
 
-// Sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
+#if RECENT
+// A row's attention to the newest tokens, whose raw keys and values lie beside the pages; a warp per row, a lane per token.
+struct Newest {
+  float weight;      // of this lane's token, relative to the row's top
+  int from, to, at;  // the tokens that the row sees, counted from the first; its place among the raw ones
+  i64 keys;          // where the sequence's keys lie, in elements; values follow
+  DEV i64 place(int i) const { return keys + (i64)((at + i) % RECENT) * D; }
+  // The scores join the row's top and sum; returns what the rest of the row is multiplied with.
+  DEV float join(const Params& p, const Task& k, i64 row, int query, float& top, float& sum, int lane) {
+    const int newest = k.position(query);
+    int first = p.seq_starts ? min(p.seq_starts[k.sequence], newest + 1) : 0;
+    if (p.window > 0) first = max(first, newest - p.window + 1);
+    from = max(first - k.length, 0);
+    to = newest - k.length + 1;
+    at = k.length % RECENT;
+    weight = 0;
+    if (from >= to) return 1;
+    keys = ((i64)p.recent_slots[k.sequence] * p.kv_heads + k.head) * (2 * RECENT * D);
+    float q[E], score = -INF;
+    UNROLL for (int e = 0; e < E; e++) q[e] = 32 * e + lane < D ? load_element<Q_TYPE>(p.q, row * D + 32 * e + lane) : 0.f;
+#pragma unroll 4
+    for (int i = from; i < to; i++) {
+      const i64 key = place(i);
+      float s = 0;
+      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) s = fmaf(q[e], load_element<Q_TYPE>(p.recent, key + 32 * e + lane), s);
+      UNROLL for (int h = 16; h; h /= 2) s += __shfl_xor_sync(~0u, s, h);
+      if (lane == i) score = s * p.scale_log2;
+    }
+    if (p.soft_cap > 0 && lane >= from && lane < to) score = p.soft_cap * tanh_exact(score / p.soft_cap);
+    float next = score;
+    UNROLL for (int h = 16; h; h /= 2) next = max_nan(next, __shfl_xor_sync(~0u, next, h));
+    next = max_nan(next, top);
+    const float keep = ex2(top - next);
+    weight = ex2(score - next);
+    float all = weight;
+    UNROLL for (int h = 16; h; h /= 2) all += __shfl_xor_sync(~0u, all, h);
+    sum = sum * keep + all;
+    top = next;
+    return keep;
+  }
+  DEV void add_values(const Params& p, float scale, float* x, int lane) const {
+#pragma unroll 4
+    for (int i = from; i < to; i++) {
+      const i64 value = place(i) + RECENT * D;
+      const float w = __shfl_sync(~0u, weight, i) * scale;
+      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) x[e] = fmaf(w, load_element<Q_TYPE>(p.recent, value + 32 * e + lane), x[e]);
+    }
+  }
+};
+#endif
+
+// Newest tokens, sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
 DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum, float (&x)[E], float* buf, int lane) {
   const int R = k.row0 + r, qi = R / GROUP;
   if (qi >= k.q_len) return;
   const int head = k.head * GROUP + R % GROUP;
   const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + head;
+#if RECENT
+  Newest newest;
+  const float keep = newest.join(p, k, row, qi, top, sum, lane);
+  UNROLL for (int e = 0; e < E; e++) x[e] *= keep;
+#endif
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), f = ex2(top - next);
     sum = sum * f + ex2(sink - next);
     UNROLL for (int e = 0; e < E; e++) x[e] *= f;
+#if RECENT
+    newest.weight *= f;
+#endif
     top = next;
   }
   const float scale = sum == 0 ? 0.f : level_unit<V_BITS>() / sum;
   UNROLL for (int e = 0; e < E; e++) x[e] *= scale;
   if (ROTATE) { hadamard<32, 1, true>(x, buf, lane); flip_signs<32, 1>(x, p.signs, lane); }
+#if RECENT
+  if (sum != 0) newest.add_values(p, 1 / sum, x, lane);
+#endif
   UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) store_element<OUT_TYPE>(p.out, row * D + 32 * e + lane, x[e]);
   if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
 }
@@ -737,9 +808,9 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     make_query(p, now.k, now.start, queries, lane, q);
     // Steps from `inner` to `outer` are seen by every row whole.
     const int last_row = min(now.k.row0 + ROWS, GROUP * now.k.q_len) - 1;
-    const int min_hi = now.k.length - now.k.q_len + now.k.row0 / GROUP, max_hi = now.k.length - now.k.q_len + last_row / GROUP;
+    const int min_hi = now.k.position(now.k.row0 / GROUP), max_hi = now.k.position(last_row / GROUP);
     const int max_lo = p.window > 0 ? max(now.start, max_hi - p.window + 1) : now.start;
-    const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min_hi + 1 - now.slot0) / STEP;
+    const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min(min_hi, now.k.length - 1) + 1 - now.slot0) / STEP;
     Softmax x;
     UNROLL for (int m = 0; m < NT; m++) {
       x.top[m] = EMPTY; x.sum[m] = x.total[m] = 0;

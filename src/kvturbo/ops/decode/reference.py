@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
-from kvturbo.ops.dense import attend, causal_mask, first_seen
+from kvturbo.ops.dense import attend, causal_mask, first_seen, merge
+from kvturbo.ops.recent import Recent
 from kvturbo.quantizer import dequantize, has_rotated_form
 from kvturbo.rotation import rotate, unrotate
 
@@ -29,6 +30,7 @@ def decode(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     outlier_channels: Tensor | None = None,
+    recent: Recent | None = None,
     schedule: Any = None,
 ) -> Tensor:
     """See `kvturbo.ops.decode`; writes into out and returns lse. There is nothing to schedule here."""
@@ -41,6 +43,7 @@ def decode(
     lengths = seq_lens.tolist()
     counts = [1] * len(lengths) if q_lens is None else q_lens.tolist()
     starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
+    raw = [0] * len(lengths) if recent is None else recent.counts.tolist()
     k_rotated, v_rotated = (form.rotate and has_rotated_form(form) for form in (fmt.k, fmt.v))
     row = 0
     for b, (length, count, seq_start) in enumerate(zip(lengths, counts, starts, strict=True)):
@@ -49,12 +52,20 @@ def decode(
         if not count or not length:
             continue
         first = length - count
-        begin = min(length, first_seen(first, window, seq_start))
-        k, v = _read(layout, pages, block_table[b], begin, length, (k_rotated, v_rotated), outlier_channels)
+        begin, split = min(length, first_seen(first, window, seq_start)), length - raw[b]
+        packed_from = min(begin, split)
+        k, v = _read(layout, pages, block_table[b], packed_from, split, (k_rotated, v_rotated), outlier_channels)
         query = _turn(q[rows], fmt.seed, rotate) if k_rotated else q[rows]
-        mask = causal_mask(count, begin, length, first, window=window, seq_start=seq_start, device=q.device)
-        result, lse[rows] = attend(query, k, v, scale=scale, mask=mask, soft_cap=soft_cap, sinks=sinks)
-        out[rows] = (_turn(result, fmt.seed, unrotate) if v_rotated else result).to(out.dtype)
+        sees = {"first": first, "window": window, "seq_start": seq_start, "device": q.device}
+        mask = causal_mask(count, packed_from, split, **sees)
+        result, part = attend(query, k, v, scale=scale, mask=mask, soft_cap=soft_cap, sinks=sinks)
+        parts = [(_turn(result, fmt.seed, unrotate) if v_rotated else result, part)]
+        if recent is not None and raw[b]:
+            k, v = recent.rows[int(recent.slots[b])].transpose(0, 2)[torch.arange(split, length) % recent.size].unbind(1)
+            mask = causal_mask(count, split, length, **sees)
+            parts.append(attend(q[rows], k, v, scale=scale, mask=mask, soft_cap=soft_cap))
+        result, lse[rows] = merge(parts)
+        out[rows] = result.to(out.dtype)
     return lse
 
 

@@ -10,7 +10,8 @@
 // timing.
 //
 // plan: [0] big, [1] small, [2] steps in all, [3] rows of q in use, [4] where `cum` lies, [8 ..] a record of 8 ints per chunk (first
-// sequence, steps before it, steps of one of its tasks, first task, its length, rows of q before it, q_len, start), then cum: steps before each
+// sequence, steps before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and 256 times its tokens
+// beyond that length, start), then cum: steps before each
 // sequence (batch + 1) and rows of q before each sequence (batch + 1).
 typedef long long i64;
 
@@ -34,15 +35,17 @@ __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
 constexpr int SMALL_PER_CTA = 2;
 
 struct Params {
-  const int *seq_lens, *q_lens, *seq_starts;  // [batch]; the last two may be null
+  const int *seq_lens, *q_lens, *seq_starts, *recent_counts;  // [batch]; all but the first may be null
   int* plan;
   int batch, window, kv_heads, group, rows, step, ctas, min_chunk;
 };
 
+__device__ int recent_of(const Params& p, int b) { return p.recent_counts ? p.recent_counts[b] : 0; }
+
 __device__ int steps_of(const Params& p, int b, int q_len) {
-  const int length = p.seq_lens[b];
+  const int recent = recent_of(p, b), length = p.seq_lens[b] - recent;
   int seen = p.seq_starts ? p.seq_starts[b] : 0;
-  if (p.window > 0) seen = max(seen, length - q_len - p.window + 1);
+  if (p.window > 0) seen = max(seen, length + recent - q_len - p.window + 1);
   seen = max(0, min(seen, length - 1));
   return max(1, (length + p.step - 1) / p.step - seen / p.step);
 }
@@ -91,9 +94,10 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
     record[1] = cum[low];
     record[2] = steps_of(p, low, q_len);
     record[3] = (at - cum[low]) / record[2];
-    record[4] = p.seq_lens[low];
+    const int recent = recent_of(p, low);
+    record[4] = p.seq_lens[low] - recent;
     record[5] = q_rows[low];
-    record[6] = q_len;
+    record[6] = q_len | recent << 8;
     record[7] = p.seq_starts ? p.seq_starts[low] : 0;
   }
 }

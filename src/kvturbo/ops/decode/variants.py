@@ -35,6 +35,7 @@ class Variant:
         step: slots that a warp takes at once.
         warps, stages: of a CTA; a stage holds a step. Without bulk copies a multiple of the warps.
         ctas_per_sm: CTAs per multiprocessor that registers are limited for.
+        recent: newest tokens that may be read raw, from beside the pages; 0: none.
     """
 
     fmt: KVFormat
@@ -47,6 +48,7 @@ class Variant:
     warps: int
     stages: int
     ctas_per_sm: int
+    recent: int = 0
 
     @property
     def rows(self) -> int:
@@ -87,6 +89,7 @@ class Variant:
             "NB": self.stages,
             "MIN_CTAS": self.ctas_per_sm,
             "EARLY": int(self.warps < LARGE_CTA),
+            "RECENT": self.recent,
             "Q_TYPE": self.q_type,
             "OUT_TYPE": self.out_type,
         }
@@ -131,6 +134,7 @@ def variant_for(
     q_len: int = 1,
     tasks: int = 0,
     limits: Limits = Limits(),
+    recent: int = 0,
 ) -> Variant:
     """The kernel for a call.
 
@@ -140,6 +144,7 @@ def variant_for(
         group, q_len: query heads per KV head, and queries per sequence.
         tasks: sequences times KV heads (0: not known).
         limits: of the GPU.
+        recent: newest tokens that may be read raw.
     """
     wide = fmt.head_dim > 128
     row_tiles = min(2 if wide else 4, -(-group * q_len // 4))
@@ -147,9 +152,9 @@ def variant_for(
     step = max(page_size, 32 if wide else 64)
     ctas = 1 if wide and page_size == 64 else 2 if wide or heavy else 3
     types = TYPES[q_dtype], TYPES[out_dtype]
-    usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas)
+    usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas, recent)
     # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
-    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 24, 1)
+    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 24, 1, recent)
     if 0 < tasks <= FEW_TASKS and not heavy and not wide and _fit(large, limits):
         return large
     # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
