@@ -71,7 +71,7 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
   return (threadIdx.x & 31) == 0;
 #endif
 }
-DEV void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+DEV void prefetch(const void* at) { asm("prefetch.global.L2 [%0];" ::"l"(at)); }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 // tanhf is tanh.approx under fast math, for which PTX promises 2^-11.
 DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }
