@@ -45,7 +45,9 @@ def check_recent(recent: Recent | None, q: Tensor, seq_lens: Tensor, pages: Tens
     checks.check_tensor("recent.rows", recent.rows, shape, q.dtype, pages)
     if recent.size not in RING_SIZES:
         valid = ", ".join(map(str, RING_SIZES))
-        raise ValueError(f"recent.rows must hold {valid} tokens per ring, got {recent.size} ({list(recent.rows.shape)})")
+        raise ValueError(
+            f"recent.rows must hold {valid} tokens per ring, got {recent.size} ({list(recent.rows.shape)})"
+        )
     if not recent.rows.is_contiguous():
         raise ValueError(f"recent.rows must be contiguous, got strides {recent.rows.stride()}")
     for name, x in (("recent.slots", recent.slots), ("recent.counts", recent.counts)):
