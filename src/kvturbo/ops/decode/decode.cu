@@ -821,7 +821,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     const int last_row = min(now.k.row0 + ROWS, GROUP * now.k.q_len) - 1;
     const int min_hi = now.k.position(now.k.row0 / GROUP), max_hi = now.k.position(last_row / GROUP);
     const int max_lo = p.window > 0 ? max(now.start, max_hi - p.window + 1) : now.start;
-    const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = (min(min_hi, now.k.length - 1) + 1 - now.slot0) / STEP;
+    const int inner = (max_lo - now.slot0 + STEP - 1) / STEP, outer = ((RECENT ? min(min_hi, now.k.length - 1) : min_hi) + 1 - now.slot0) / STEP;
     Softmax x;
     UNROLL for (int m = 0; m < NT; m++) {
       x.top[m] = EMPTY; x.sum[m] = x.total[m] = 0;
