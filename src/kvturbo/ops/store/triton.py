@@ -445,7 +445,10 @@ def store(
         ValueError: pages or recent_rows are not aligned to 16 bytes.
     """
     common.check_pages(pages)
-    common.check_rings("recent_rows", recent_rows)
+    if recent_rows is not None:
+        if recent_rows.dtype == torch.float64:
+            raise TypeError(f"recent_rows must be bf16, fp16 or fp32 for the triton backend, got {recent_rows.dtype}")
+        common.check_rings("recent_rows", recent_rows)
     tokens, heads = k.shape[:2]
     if not tokens:
         return
