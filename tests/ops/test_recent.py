@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kvturbo.ops import decode, store
 from kvturbo.ops.recent import Recent
 from kvturbo.ops.schedule import plan
 from kvturbo.ops.sharing import SharedSchedules
+from kvturbo.ops.warmup import warmup
 from support import (
     BACKENDS_UNDER_TEST,
     Batch,
@@ -196,3 +198,27 @@ def test_a_compiled_step_with_rings_is_one_graph_and_gives_the_same_bits(backend
         assert same_bits(a, b)
     assert same_bits(eager[1][recent.slots[0].long(), :, 0, 19 % size], (k + 0.5)[0])
     assert got[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST if b == "triton"])
+def test_a_warm_up_launches_the_kernels_for_rings(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[str, int]] = []
+
+    def noted(operation: str) -> Any:
+        module = import_module(f"kvturbo.ops.{operation}.triton")
+        run, name = getattr(module, operation), "recent_rows" if operation == "store" else "recent"
+
+        def call(*args: Any, **options: Any) -> Any:
+            rows = getattr(options.get(name), "rows", options.get(name))
+            sizes.append((operation, 0 if rows is None else rows.shape[3]))
+            return run(*args, **options)
+
+        monkeypatch.setattr(module, operation, call)
+
+    for operation in ("store", "decode"):
+        noted(operation)
+    warmup(
+        KVFormat.from_name("k4v4", 64), num_q_heads=2, num_kv_heads=1, page_size=16, dtype=torch.float32,
+        device=device_of(backend), max_q_len=2, backend=backend, ring_size=8,
+    )  # fmt: skip
+    assert set(sizes) == {("store", 0), ("store", 8), ("decode", 8)}

@@ -472,6 +472,7 @@ def warmup(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: bool = False,
+    ring_size: int = 0,
 ) -> None:
     """Compiles and loads what `decode` launches for such pages and queries of `dtype`, whatever the batch.
 
@@ -479,17 +480,25 @@ def warmup(
         max_q_len: of the schedules to come with q_lens; None for calls without q_lens.
         seq_starts, sinks: whether calls have them.
         window, soft_cap: as in the calls; only whether they are None matters.
+        ring_size: tokens of a ring of the calls' `recent`; 0 for calls without.
     """
     pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
     for batch in (1, -(-SPREAD_BELOW // num_kv_heads)):
         q = torch.zeros(batch, num_q_heads, fmt.head_dim, dtype=dtype, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
         q_lens, starts = None if max_q_len is None else lens, lens if seq_starts else None
-        schedule = plan(lens, q_lens=q_lens, seq_starts=starts, window=window, max_q_len=max_q_len or 1)
+        recent = None
+        if ring_size:
+            rows = torch.zeros(1, num_kv_heads, 2, ring_size, fmt.head_dim, dtype=dtype, device=device)
+            recent = Recent(rows, lens, lens)
+        schedule = plan(
+            lens, q_lens=q_lens, seq_starts=starts, window=window, recent_counts=recent and recent.counts,
+            max_q_len=max_q_len or 1,
+        )  # fmt: skip
         decode(
             q, pages, lens[:, None], lens, torch.empty_like(q), fmt=fmt, scale=1.0, q_lens=q_lens, seq_starts=starts,
             window=window, soft_cap=soft_cap, sinks=torch.zeros(num_q_heads, device=device) if sinks else None,
-            outlier_channels=channels, schedule=schedule,
+            outlier_channels=channels, recent=recent, schedule=schedule,
         )  # fmt: skip
 
 

@@ -420,11 +420,23 @@ def _store(
         )  # fmt: skip
 
 
-def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Compiles and loads what `store` launches for such pages and keys and values of `dtype`."""
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ring_size: int = 0,
+) -> None:
+    """Compiles and loads what `store` launches for such pages and keys and values of `dtype`; with ring_size for rings too."""
     pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
     k, v = torch.zeros(2, 1, num_kv_heads, fmt.head_dim, dtype=dtype, device=device)
-    store(k, v, pages, torch.full((1,), -1, device=device), fmt=fmt, outlier_channels=channels)
+    none = torch.full((1,), -1, device=device)
+    store(k, v, pages, none, fmt=fmt, outlier_channels=channels)
+    if ring_size:
+        rows = torch.zeros(1, num_kv_heads, 2, ring_size, fmt.head_dim, dtype=dtype, device=device)
+        store(k, v, pages, none, fmt=fmt, outlier_channels=channels, recent_rows=rows, recent_slots=none)
 
 
 def store(
