@@ -157,6 +157,12 @@ def check_pages(pages: Tensor) -> None:
         )
 
 
+def check_rings(name: str, rows: Tensor) -> None:
+    """Raises ValueError unless rows of raw keys and values are aligned, so that there is one kernel for all of them."""
+    if rows.data_ptr() % 16:
+        raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {rows.data_ptr():#x}")
+
+
 def scratch_pages(
     fmt: KVFormat, page_size: int, num_kv_heads: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
