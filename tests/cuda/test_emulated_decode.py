@@ -254,6 +254,24 @@ def test_newest_tokens_are_read_raw(run: Runner, options: dict[str, Any]) -> Non
     assert relative_error(packed, raw) > 5 * run.case.bound, "raw tokens make no difference"
 
 
+@pytest.mark.parametrize("side, value", [("k", math.inf), ("k", math.nan), ("v", -math.inf), ("v", math.nan)])
+@pytest.mark.parametrize("kernel", RECENT_CASES[1:2], ids=lambda case: case.label, indirect=True)
+def test_a_raw_token_that_is_not_finite_makes_exactly_the_rows_that_see_it_nan(
+    run: Runner, side: Side, value: float
+) -> None:
+    batch, size = run.batch(), run.case.ring
+    q, counts = run.queries(batch), [min(size, n) for n in LENGTHS]
+    clean, spoilt = (rings(batch, counts, size, q.dtype) for _ in range(2))
+    for sequence, position in ((0, 698), (3, 250)):  # the last two queries of sequence 0; sequence 3 has none
+        spoilt.rows[spoilt.slots[sequence], :, "kv".index(side), position % size, 5] = value
+    options: dict[str, Any] = {"q_lens": run.case.q_lens, "soft_cap": 1.5}
+    assert run(q, batch, recent=clean, **options)[0].isfinite().all()
+    out, lse = run.check(q, batch, recent=spoilt, **options)
+    bad = {run.case.q_lens[0] - 2, run.case.q_lens[0] - 1}
+    assert {row for row in range(len(q)) if out[row].isnan().any()} == bad and out[sorted(bad)].isnan().all()
+    assert side == "v" or lse[sorted(bad)].isnan().all()
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "window and starts": {"window": 150, "seq_starts": [0, 0, 2, 120, 70, 5]},
     "soft cap and sinks": {"soft_cap": 1.5, "sinks": True},

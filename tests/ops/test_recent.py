@@ -114,7 +114,7 @@ def test_rings_for_every_group_size(backend: str, group: int) -> None:
         check(queries(sum(q_lens), HEADS * group, batch, torch.float32), batch, raw, recent, backend, q_lens=q_lens)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST if b != "cuda"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST])
 def test_no_counts_are_as_no_rings(backend: str) -> None:
     batch = batch_of(KVFormat.from_name("k4v4-o16", 64), LENGTHS, heads=HEADS, device=device_of(backend))
     q = queries(5, 4, batch, torch.float32)
@@ -125,7 +125,7 @@ def test_no_counts_are_as_no_rings(backend: str) -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST if b != "cuda"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST])
 def test_a_poisoned_token_makes_exactly_the_rows_that_see_it_nan(backend: str, side: int, poison: float) -> None:
     batch = batch_of(KVFormat.from_name("k4v4", 64), [21, 30], heads=HEADS, device=device_of(backend))
     recent, _ = with_rings(batch, [8, 4], 8, torch.float32)
@@ -137,7 +137,7 @@ def test_a_poisoned_token_makes_exactly_the_rows_that_see_it_nan(backend: str, s
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST if b != "cuda"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS_UNDER_TEST])
 def test_a_poisoned_query_makes_its_own_row_nan(backend: str, soft_cap: float | None) -> None:
     batch = batch_of(KVFormat.from_name("k4v4", 64), [4, 30], heads=HEADS, device=device_of(backend))
     recent, _ = with_rings(batch, [4, 4], 8, torch.float32)  # of the first sequence nothing is read from pages
@@ -171,7 +171,7 @@ def test_a_schedule_is_planned_for_the_rings(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("backend", ["auto", *(b for b in BACKENDS_UNDER_TEST if b != "cuda")])
+@pytest.mark.parametrize("backend", ["auto", *(b for b in BACKENDS_UNDER_TEST)])
 def test_a_compiled_step_with_rings_is_one_graph_and_gives_the_same_bits(backend: str) -> None:
     fmt = KVFormat.from_name("k4v4", 64, seed=3)
     batch = batch_of(fmt, [20, 33], heads=HEADS, device=device_of("reference" if backend == "auto" else backend))

@@ -33,6 +33,7 @@ constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise
 constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
 constexpr float Q_MAX = 32639.f;            // 256 * 127 + 127: hi and lo are signed bytes
 constexpr float P_MAX = 65535.f;            // of a weight: hi and lo are unsigned bytes
+#define NOT_A_NUMBER __int_as_float(0x7fffffff)
 constexpr float EMPTY = -3e38f;             // the reference of a row that has seen nothing
 constexpr float FAR = 1099511627776.f;      // 2^40: how far a sum may grow above its reference
 constexpr float MAGIC = 8388608.f;          // 2^23: adding it leaves an integer in the low mantissa bits
@@ -636,7 +637,8 @@ struct Newest {
       float s = 0;
       UNROLL for (int e = 0; e < E; e++) s = fmaf(q[e], element(p, 0, i, e, lane), s);
       UNROLL for (int h = 16; h; h /= 2) s += __shfl_xor_sync(~0u, s, h);
-      if (lane == i && sees(i)) score = s * p.scale_log2;
+      s = fabsf(s) < INF ? s * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
+      if (lane == i && sees(i)) score = s;
     }
     if (p.soft_cap > 0 && sees(lane)) score = p.soft_cap * tanh_exact(score / p.soft_cap);
     float next = score;
@@ -651,11 +653,18 @@ struct Newest {
     return keep;
   }
   DEV void add_values(const Params& p, float scale, float* x, int lane) const {
+    bool finite = true;
 #pragma unroll 4
     for (int i = 0; i < RECENT; i++) {
       const float w = __shfl_sync(~0u, weight, i) * scale;
-      UNROLL for (int e = 0; e < E; e++) x[e] = fmaf(w, element(p, RECENT, i, e, lane), x[e]);
+      UNROLL for (int e = 0; e < E; e++) {
+        const float value = element(p, RECENT, i, e, lane);
+        finite = finite && fabsf(value) < INF;
+        x[e] = fmaf(w, value, x[e]);
+      }
     }
+    const bool whole = __all_sync(~0u, finite);  // else the row is NaN, as one that sees a NaN scale
+    UNROLL for (int e = 0; e < E; e++) x[e] = whole ? x[e] : NOT_A_NUMBER;
   }
 };
 #endif
