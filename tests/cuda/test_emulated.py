@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -42,19 +43,19 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, head_dim, page_size, dtype = request.param
     fmt = KVFormat.from_name(name, head_dim, seed=5)
     folder = tmp_path_factory.mktemp("emulated")
-    variant = store.Variant(fmt, page_size, store.TYPES[dtype])
-    return SimpleNamespace(
-        fmt=fmt,
-        page_size=page_size,
-        dtype=dtype,
-        folder=folder,
-        store=EmulatedKernel(variant.source(), variant.macros(), "store", folder),
-    )
+
+    @lru_cache
+    def stores(ring_size: int) -> EmulatedKernel:
+        variant, own = store.Variant(fmt, page_size, store.TYPES[dtype], ring_size), folder / str(ring_size)
+        own.mkdir()
+        return EmulatedKernel(variant.source(), variant.macros(), "store", own)
+
+    return SimpleNamespace(fmt=fmt, page_size=page_size, dtype=dtype, folder=folder, stores=stores)
 
 
 @pytest.fixture(autouse=True)
 def without_gpu(kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_kernel", lambda *_: kernel.store)
+    monkeypatch.setattr(store, "_kernel", lambda *kind: kernel.stores(kind[3]))
     for module in (store, gather):
         monkeypatch.setattr(module, "current_stream", lambda _: 0)
 

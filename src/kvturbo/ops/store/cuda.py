@@ -31,15 +31,17 @@ class Variant:
     Attributes:
         fmt, page_size: the pages.
         in_type: of keys and values, 0 bf16, 1 fp16, 2 fp32.
+        recent: tokens of the rings that raw ones go to as well; 0: none.
     """
 
     fmt: KVFormat
     page_size: int
     in_type: int
+    recent: int = 0
 
     def macros(self) -> dict[str, int | str]:
         """The macros store.cu is compiled with."""
-        return page_macros(self.fmt, self.page_size) | {"IN_TYPE": self.in_type}
+        return page_macros(self.fmt, self.page_size) | {"IN_TYPE": self.in_type, "RECENT": self.recent}
 
     def source(self) -> str:
         """The text that is compiled."""
@@ -55,7 +57,7 @@ class _Params(Parameters):
             for name in ("k", "v", "pages", "slots", "outlier_channels", "recent", "recent_slots")
         ),
         *((name, ctypes.c_int64) for name in ("k_token", "k_head", "v_token", "v_head", "block_stride")),
-        *((name, ctypes.c_int) for name in ("tokens", "kv_heads", "span", "ring_bits")),
+        *((name, ctypes.c_int) for name in ("tokens", "kv_heads", "span")),
         ("signs", ctypes.c_uint32 * 8),
     )
 
@@ -65,8 +67,8 @@ _ADDRESSES = struct.Struct("7P")
 
 
 @lru_cache(maxsize=64)
-def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    variant = Variant(fmt, PageLayout.page_size_of(fmt, page_bytes), TYPES[dtype])
+def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, recent: int, device: torch.device) -> Kernel:
+    variant = Variant(fmt, PageLayout.page_size_of(fmt, page_bytes), TYPES[dtype], recent)
     return Kernel(compiled(variant.source(), arch_of(device), variant.macros()), "store", device)
 
 
@@ -79,12 +81,12 @@ def warmup(
     device: torch.device,
     ring_size: int = 0,
 ) -> None:
-    """Compiles and loads the kernel that stores keys and values of a dtype, whatever the number of heads and with or without rings.
+    """Compiles and loads the kernel that stores keys and values of a dtype, whatever the number of heads; with rings or without.
 
     Raises:
         KeyError: dtype is not bf16, fp16 or fp32.
     """
-    _kernel(fmt, fmt.page_bytes(page_size), dtype, device)
+    _kernel(fmt, fmt.page_bytes(page_size), dtype, ring_size, device)
 
 
 class _Call:
@@ -103,12 +105,13 @@ class _Call:
         tokens, heads = len(slots), pages.shape[1]
         span = 1 if 2 * tokens * heads <= _MOST_SINGLE else _OCTET
         tasks = -(-tokens // span) * 2 * heads
-        self._kernel, self._grid = _kernel(fmt, pages.shape[2], k.dtype, pages.device), -(-tasks // _WARPS)
+        recent = 0 if recent_rows is None else recent_rows.shape[3]
+        self._kernel, self._grid = _kernel(fmt, pages.shape[2], k.dtype, recent, pages.device), -(-tasks // _WARPS)
         self._fmt, self._device, self._unit = fmt, pages.device.index, 4 * k.element_size()
         self._spare: list[_Params] = []
         self._sizes = (
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), tokens, heads, span,
-            0 if recent_rows is None else recent_rows.shape[3].bit_length() - 1, sign_words(fmt.head_dim, fmt.seed),
+            sign_words(fmt.head_dim, fmt.seed),
         )  # fmt: skip
 
     def __call__(

@@ -5,8 +5,8 @@
 // whole octet, and all tokens if span is 1 (few tokens: latency counts), follow one by one, 32 lanes each: the bits that the token owns are
 // put into their words by atomicXor((old ^ new) & mask), which neither reads nor changes what others own, in any order.
 //
-// A token with a place in a ring of raw keys and values (kvturbo.ops.recent) goes there as well, from the registers that its vector has been
-// loaded into. Its place is read together with the vector; without rings that is a test of a pointer and a branch per vector.
+// With RECENT, a token that has a place in a ring of raw keys and values (kvturbo.ops.recent) goes there as well, from the registers that
+// its vector has been loaded into. Its place is read together with the vector.
 //
 // The search. Neighbouring thresholds are further apart (factor 1.283 at least) than the smallest and the largest candidate scale (1.273).
 // So of an element's thresholds at most one lies between its codes for any two candidates. A table finds the magnitude at the largest scale;
@@ -27,12 +27,11 @@ struct Params {
   u8* pages;
   const i64* slots;               // [tokens]
   const i64* outlier_channels;    // [HKV, OUTLIERS] or null
-  void* recent;                   // rings of raw keys and values of IN_TYPE: [rings, HKV, 2, ring size, D]
-  const i64* recent_slots;        // [tokens], ring * ring size + place in it, -1: none; null: no token goes into a ring
+  void* recent;                   // rings of raw keys and values of IN_TYPE: [rings, HKV, 2, RECENT, D]
+  const i64* recent_slots;        // [tokens], ring * RECENT + place in it, -1: none
   i64 k_token, k_head, v_token, v_head;  // strides in elements
   i64 block_stride;               // bytes from block to block
   int tokens, kv_heads, span;
-  int ring_bits;                  // log2 of the ring size
   u32 signs[8];                   // bit c set: sigma_c = -1
 };
 
@@ -213,16 +212,18 @@ template <int L> DEV void take_outliers(const Params& p, const Place& place, int
 #endif
 }
 
+#if RECENT
 template <int TYPE> struct Four { typedef uint2 Raw; };  // elements as they lie in memory
 template <> struct Four<2> { typedef float4 Raw; };
 typedef Four<IN_TYPE>::Raw Raw;
 
 // Copies a vector to its place in a ring.
 template <bool V, int L> DEV void put_recent(const Params& p, int head, int slot, const Raw (&x)[PER_LANE<L, 4> / 4], int l) {
-  const int row = ((slot >> p.ring_bits) * p.kv_heads + head) * 2 + V, place = slot & ((1 << p.ring_bits) - 1);
-  Raw* to = (Raw*)p.recent + (((i64)row << p.ring_bits) + place) * (D / 4) + l;
+  const i64 ring = ((i64)(slot / RECENT) * p.kv_heads + head) * 2 + V;
+  Raw* to = (Raw*)p.recent + (ring * RECENT + slot % RECENT) * (D / 4) + l;
   UNROLL for (int m = 0; m < PER_LANE<L, 4> / 4; m++) if (has_chunk<L, 4>(m, l)) to[L * m] = x[m];
 }
+#endif
 
 // Loads, rotates and quantises a vector; writes its scale, and what else has no neighbours.
 template <bool V, int L> DEV void make_codes(const Params& p, const Place& place, int head, i64 token, u32 (&codes)[PER_LANE<L, 4> / 4],
@@ -230,13 +231,19 @@ template <bool V, int L> DEV void make_codes(const Params& p, const Place& place
   constexpr int N = PER_LANE<L, 4>, BITS = V ? V_BITS : K_BITS;
   const int l = lane % L;
   const i64 at = token * (V ? p.v_token : p.k_token) + head * (V ? p.v_head : p.k_head);
-  const int recent = p.recent_slots ? (int)p.recent_slots[token] : -1;  // read with the vector, for the latency
-  Raw raw[N / 4];
   float y[N];
+#if RECENT
+  const int recent = (int)p.recent_slots[token];  // read with the vector, for the latency
+  Raw raw[N / 4];
   UNROLL for (int m = 0; m < N / 4; m++) if (has_chunk<L, 4>(m, l)) raw[m] = ((const Raw*)(V ? p.v : p.k))[(at >> 2) + l + L * m];
   if (recent >= 0) put_recent<V, L>(p, head, recent, raw, l);
+#endif
   UNROLL for (int m = 0; m < N / 4; m++) {
+#if RECENT
     if (has_chunk<L, 4>(m, l)) load4<IN_TYPE>(raw, 4 * m, y + 4 * m);
+#else
+    if (has_chunk<L, 4>(m, l)) load4<IN_TYPE>(V ? p.v : p.k, at + 4 * (l + L * m), y + 4 * m);
+#endif
     else UNROLL for (int i = 0; i < 4; i++) y[4 * m + i] = 0;
   }
   if (!V) take_outliers<L>(p, place, head, at, y, (u32*)memory, lane);
