@@ -62,6 +62,40 @@ def check_store(
         check_pages(fmt, page_size, slots, before, wanted, got.cpu(), {"k": k, "v": v}, channels)
 
 
+def check_recent_copies(
+    store: Operation, fmt: KVFormat, page_size: int, slots: Tensor, k: Tensor, v: Tensor, device: torch.device | str
+) -> None:
+    """Tokens with a place in a ring lie there as they are, the rest of the rings and the pages are as without rings."""
+    tokens, heads, size = len(slots), k.shape[1], {16: 8, 32: 16, 64: 32}[page_size]
+    k, v = k.clone(), v.clone()
+    k[2, :, 3] = torch.nan
+    v[4].view(torch.uint8).fill_(0xFF)  # a NaN that no computation gives
+    places = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(2))[:tokens]
+    places[1::3] = -1
+    assert ((slots < 0) & (places >= 0)).any(), "a token without a slot has none in a ring"
+    rings = -(-3 * tokens // size)
+    rows = torch.full((rings, heads, 2, size, fmt.head_dim), 7, dtype=k.dtype)
+    channels = channels_for(fmt, heads)
+    plain, got = (random_pages(fmt, page_size, int(slots.max()) // page_size + 1, heads).to(device) for _ in range(2))
+    options = {"fmt": fmt, "outlier_channels": None if channels is None else channels.to(device)}
+    args = [with_gaps(x.to(device)) for x in (k, v)]
+    store(*args, plain, slots.to(device), **options)
+    got_rows = rows.to(device, copy=True)
+    store(*args, got, slots.to(device), recent_rows=got_rows, recent_slots=places.to(device), **options)
+    for token, (slot, place) in enumerate(zip(slots.tolist(), places.tolist(), strict=True)):
+        if min(slot, place) >= 0:
+            rows[place // size, :, 0, place % size], rows[place // size, :, 1, place % size] = k[token], v[token]
+    assert same_bits(got_rows, rows)
+    assert same_bits(got, plain)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """The same [n, heads, d], whose rows and heads do not follow one another."""
+    room = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] + 4), torch.nan, dtype=x.dtype, device=x.device)
+    room[:, :-1, :-4] = x
+    return room[:, :-1, :-4]
+
+
 def check_pages(
     fmt: KVFormat,
     page_size: int,

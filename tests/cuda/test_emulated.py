@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from emulator import EmulatedKernel
-from kernel_checks import check_gather, check_not_finite, check_store, mixed_slots, rotations, vectors
+from kernel_checks import (
+    check_gather,
+    check_not_finite,
+    check_recent_copies,
+    check_store,
+    mixed_slots,
+    rotations,
+    vectors,
+)
 from kvturbo import KVFormat
 from kvturbo.ops.gather import cuda as gather
 from kvturbo.ops.store import cuda as store
@@ -55,6 +65,46 @@ def test_store_is_the_references(kernel: SimpleNamespace, single: bool, monkeypa
     slots = mixed_slots(kernel.page_size)
     k, v = (x.to(kernel.dtype) for x in vectors(kernel.fmt, len(slots), 3))
     check_store(store.store, kernel.fmt, kernel.page_size, slots, k, v, "cpu")
+
+
+def prepared(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    *,
+    fmt: KVFormat,
+    outlier_channels: Tensor | None = None,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
+) -> None:
+    """The store as calls that have been checked before run it."""
+    tensors = k, v, pages, slots, outlier_channels, recent_rows, recent_slots
+    store.prepare(*tensors, fmt=fmt)(*tensors)
+
+
+@pytest.mark.parametrize("run", [store.store, prepared])
+@pytest.mark.parametrize("single", [True, False], ids=["single tokens", "octets"])
+def test_tokens_are_copied_into_rings(
+    kernel: SimpleNamespace, single: bool, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_SINGLE", 10**9 if single else 0)
+    slots = mixed_slots(kernel.page_size)
+    k, v = (x.to(kernel.dtype) for x in vectors(kernel.fmt, len(slots), 3))
+    check_recent_copies(run, kernel.fmt, kernel.page_size, slots, k, v, "cpu")
+
+
+def test_rings_that_the_kernel_cannot_write_are_refused(kernel: SimpleNamespace) -> None:
+    fmt, unit = kernel.fmt, 4 * kernel.dtype.itemsize
+    k, slots = torch.zeros(1, 1, fmt.head_dim, dtype=kernel.dtype), torch.tensor([0])
+    pages = torch.zeros(1, 1, fmt.page_bytes(kernel.page_size), dtype=torch.uint8)
+    options = {"fmt": fmt, "outlier_channels": torch.arange(fmt.outliers)[None] if fmt.outliers else None}
+    rows = torch.zeros(16 * fmt.head_dim + 1, dtype=kernel.dtype)[1:].view(1, 1, 2, 8, fmt.head_dim)
+    with pytest.raises(ValueError, match=f"recent_rows must begin at a multiple of {unit} bytes, got address 0x"):
+        store.store(k, k, pages, slots, recent_rows=rows, recent_slots=slots, **options)
+    with pytest.raises(TypeError, match=r"bfloat16, .* for the cuda backend, got torch.float64"):
+        store.store(k.double(), k.double(), pages, slots, recent_rows=rows.double(), recent_slots=slots, **options)
+    assert not pages.any() and not rows.any()
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["single tokens", "octets"])

@@ -147,6 +147,50 @@ def test_store(batch: Batch, message: str, change: Change) -> None:
     refused("store", batch, change, re.escape(message))
 
 
+def rings(*shape: int) -> Change:
+    """Rings that a store fills, of the shape [2, 2, 2, 8, 64] if none is given."""
+    return {"recent_rows": torch.full(shape or (2, 2, 2, 8, 64), 7.0), "recent_slots": torch.tensor([3, -1, 15])}
+
+
+RINGS: dict[str, tuple[str, Change]] = {
+    "no-slots": ("give both or none, got recent_rows without recent_slots", {"recent_slots": None}),
+    "no-rows": ("give both or none, got recent_slots without recent_rows", {"recent_rows": None}),
+    "rows-dtype": (
+        "recent_rows must be torch.float32 [any, 2, 2, any, 64], got torch.float16 [2, 2, 2, 8, 64]",
+        {"recent_rows": torch.full((2, 2, 2, 8, 64), 7.0).half()},
+    ),
+    "rows-heads": ("recent_rows must be torch.float32 [any, 2, 2, any, 64], got torch.float32 [2, 4,", rings(2, 4, 2, 8, 64)),
+    "rows-dims": ("[any, 2, 2, any, 64], got torch.float32 [2, 2, 8, 64]", rings(2, 2, 8, 64)),
+    "ring-size": ("recent_rows must hold 8, 16, 32 tokens per ring, got 12 ([2, 2, 2, 12, 64])", rings(2, 2, 2, 12, 64)),
+    "rows-strides": (
+        "recent_rows must be contiguous, got strides (4096, 2048, 1024, 64, 1)",
+        {"recent_rows": torch.full((2, 2, 2, 16, 64), 7.0)[:, :, :, :8]},
+    ),
+    "rows-device": ("recent_rows must be on cpu, got meta", {"recent_rows": meta(2, 2, 2, 8, 64)}),
+    "slots-dtype": (
+        "recent_slots must be torch.int64 [3], got torch.int32 [3]",
+        {"recent_slots": ints([1, 2, 3], "cpu")},
+    ),
+    "slots-count": ("recent_slots must be torch.int64 [3], got torch.int64 [2]", {"recent_slots": torch.tensor([1, 2])}),
+    "slot-high": ("recent_slots must be from -1 to 15, got 16", {"recent_slots": torch.tensor([1, 16, 2])}),
+    "slot-low": ("recent_slots must be from -1 to 15, got -2", {"recent_slots": torch.tensor([1, -2, 2])}),
+    "v-dtype": (
+        "k and v must have one dtype to go into recent_rows, got torch.float32 and torch.float16",
+        {"v": torch.zeros(3, 2, 64).half()},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message,change", RINGS.values(), ids=RINGS.keys())
+def test_rings_of_a_store(batch: Batch, message: str, change: Change) -> None:
+    good = rings()
+    store(**store_arguments(batch) | good)
+    change = rings() | change
+    refused("store", batch, change, re.escape(message))
+    rows = change["recent_rows"]
+    assert rows is None or rows.is_meta or (rows == 7).all(), "something was written"
+
+
 @pytest.mark.parametrize("operation,name", [("store", "k"), ("store", "v"), ("decode", "q"), ("prefix", "k")])
 def test_vectors_that_are_not_floating_point(batch: Batch, operation: str, name: str) -> None:
     x = torch.zeros(3, 2, 64, dtype=torch.int32)

@@ -48,7 +48,10 @@ def decode_arguments() -> Arguments:
 def store_arguments() -> Arguments:
     k, v = meta(3, HEADS, 64), meta(3, HEADS, 64)
     slots = meta(3, dtype=torch.int64)
-    return {"k": k, "v": v, "pages": pages(), "slot_mapping": slots, "fmt": FMT, "outlier_channels": channels()}
+    return {
+        "k": k, "v": v, "pages": pages(), "slot_mapping": slots, "fmt": FMT, "outlier_channels": channels(),
+        "recent_rows": meta(4, HEADS, 2, 16, 64), "recent_slots": meta(3, dtype=torch.int64),
+    }  # fmt: skip
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
@@ -129,6 +132,12 @@ def bad(operation: str) -> dict[str, tuple[str, Arguments]]:
             "v-heads": ("k and v must both be", {"v": meta(3, 3, 64)}),
             "slots-dtype": ("slot_mapping must be torch.int64", {"slot_mapping": ints(3)}),
             "slots-count": ("slot_mapping must be torch.int64", {"slot_mapping": meta(4, dtype=torch.int64)}),
+            "no-rings": ("got recent_slots without recent_rows", {"recent_rows": None}),
+            "rings-dtype": ("recent_rows must be torch.float16", {"recent_rows": meta(4, HEADS, 2, 16, 64).float()}),
+            "ring-size": ("must hold 8, 16, 32 tokens per ring, got 4", {"recent_rows": meta(4, HEADS, 2, 4, 64)}),
+            "no-places": ("got recent_rows without recent_slots", {"recent_slots": None}),
+            "places-dtype": ("recent_slots must be torch.int64", {"recent_slots": ints(3)}),
+            "places-count": ("recent_slots must be torch.int64", {"recent_slots": meta(2, dtype=torch.int64)}),
         }
     return changes | {
         "q-dtype": ("q must be one of", {"q": meta(BATCH, 4, 64).int()}),

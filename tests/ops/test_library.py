@@ -48,6 +48,10 @@ def test_schemas_and_fakes_describe_the_operations(backend: str, name: str) -> N
     torch.library.opcheck(
         OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend), **how
     )
+    rings = torch.zeros(2, 2, 2, 8, 64, device=q.device), torch.tensor([3, -1], device=q.device)
+    torch.library.opcheck(
+        OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend, *rings), **how
+    )
     copies = [torch.zeros(2, 5, 2, 64, dtype=torch.bfloat16, device=q.device) for _ in range(2)]
     torch.library.opcheck(
         OPS.gather.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -12,11 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernel_checks import check_recent_copies, mixed_slots
 from kvturbo import KVFormat, dequantize, quantize
 from kvturbo.config import SIDES
 from kvturbo.layout import PageLayout
 from kvturbo.ops import store
-from support import backend_formats, channels_for, device_of, every_head_dim, interpreted, same_bits, vectors_equal
+from support import (
+    BACKENDS_UNDER_TEST,
+    backend_formats,
+    channels_for,
+    device_of,
+    every_head_dim,
+    interpreted,
+    same_bits,
+    vectors_equal,
+)
 
 HEADS = 2
 SLOTS = [37, 3, 16, 17, 18, 19, 20, 21, 22, 23, 63, 5]  # a whole octet and parts of others, out of order
@@ -101,6 +112,20 @@ def test_slot_minus_one_is_skipped(backend: str, fmt: KVFormat) -> None:
     all_but = stored(backend, fmt, k[[0, 2]], v[[0, 2]], pages, [9, 40])
     assert same_bits(stored(backend, fmt, k, v, pages, [9, -1, 40, -1]), all_but)
     assert same_bits(stored(backend, fmt, k, v, pages, [-1] * 4), pages)
+
+
+RINGS = [("k4v4-o16", 128, 16, torch.bfloat16), ("k3v2", 80, 32, torch.float16), ("k8v4", 192, 64, torch.float32)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS_UNDER_TEST)
+@pytest.mark.parametrize("name,head_dim,page_size,dtype", RINGS)
+def test_tokens_are_copied_into_rings(
+    backend: str, name: str, head_dim: int, page_size: int, dtype: torch.dtype
+) -> None:
+    fmt, slots = KVFormat.from_name(name, head_dim, seed=5), mixed_slots(page_size)
+    k, v = tokens(fmt, len(slots), dtype=dtype)
+    run = functools.partial(store, backend=backend)
+    check_recent_copies(run, fmt, page_size, slots, k, v, device_of(backend))
 
 
 @pytest.mark.parametrize("backend,fmt", backend_formats("store", ["k4v4"], 64))

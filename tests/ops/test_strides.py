@@ -34,9 +34,16 @@ def test_store(backend: str) -> None:
     k, v = torch.randn(2, 4, 2, 64).to(device)
     slots = torch.tensor([-1, 9, -1, 40], device=device)
     pages = [batch.pages.clone() for _ in range(2)]
-    store(k, v, pages[0], slots, fmt=FMT, outlier_channels=channels, backend=backend)
-    store(k, v, pages[1], gappy(slots, 5), fmt=FMT, outlier_channels=gappy(channels), backend=backend)
+    rows = [torch.zeros(2, 2, 2, 8, 64, device=device) for _ in range(2)]
+    places = torch.tensor([0, -1, 2, 11], device=device)
+    options: dict[str, Any] = {"fmt": FMT, "backend": backend}
+    store(k, v, pages[0], slots, outlier_channels=channels, recent_rows=rows[0], recent_slots=places, **options)
+    store(
+        k, v, pages[1], gappy(slots, 5), outlier_channels=gappy(channels), recent_rows=rows[1],
+        recent_slots=gappy(places, 5), **options,
+    )  # fmt: skip
     assert same_bits(*pages) and not same_bits(pages[0], batch.pages)
+    assert same_bits(*rows) and rows[0].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS_UNDER_TEST)

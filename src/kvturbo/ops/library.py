@@ -9,7 +9,7 @@ from kvturbo.config import KVFormat
 from kvturbo.ops import backends
 
 
-@torch.library.custom_op("kvturbo::store", mutates_args={"pages"})
+@torch.library.custom_op("kvturbo::store", mutates_args={"pages", "recent_rows"})
 def store(
     k: Tensor,
     v: Tensor,
@@ -19,11 +19,16 @@ def store(
     seed: int,
     outlier_channels: Tensor | None,
     backend: str,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
 ) -> None:
     """`kvturbo.ops.store`, the format by name. The backend is chosen when it runs, not when it is traced."""
     fmt = KVFormat.from_name(format_name, k.shape[-1], seed=seed)
     run = backends.load("store", backends.choose(backend, "store", pages.device, fmt))
-    run(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+    run(
+        k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
+        recent_slots=recent_slots,
+    )  # fmt: skip
 
 
 @store.register_fake
@@ -36,6 +41,8 @@ def _(
     seed: int,
     outlier_channels: Tensor | None,
     backend: str,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
 ) -> None:
     return None
 

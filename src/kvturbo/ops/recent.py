@@ -41,13 +41,7 @@ def check_recent(recent: Recent | None, q: Tensor, seq_lens: Tensor, pages: Tens
     """Raises ValueError unless the rings fit the queries, the pages and the lengths."""
     if recent is None:
         return
-    shape = (None, pages.shape[1], 2, None, q.shape[2])
-    checks.check_tensor("recent.rows", recent.rows, shape, q.dtype, pages)
-    if recent.size not in RING_SIZES:
-        valid = ", ".join(map(str, RING_SIZES))
-        raise ValueError(f"recent.rows must hold {valid} tokens per ring, got {recent.size} ({list(recent.rows.shape)})")
-    if not recent.rows.is_contiguous():
-        raise ValueError(f"recent.rows must be contiguous, got strides {recent.rows.stride()}")
+    _check_rows("recent.rows", recent.rows, q, pages)
     for name, x in (("recent.slots", recent.slots), ("recent.counts", recent.counts)):
         checks.check_tensor(name, x, (len(seq_lens),), torch.int32, pages)
     checks.check_range("recent.counts", recent.counts, 0, recent.size)
@@ -58,3 +52,29 @@ def check_recent(recent: Recent | None, q: Tensor, seq_lens: Tensor, pages: Tens
             f"recent.counts must not be above seq_lens, got {recent.counts.tolist()} and {seq_lens.tolist()}"
         )
     checks.check_range("recent.slots", recent.slots[recent.counts > 0], 0, len(recent.rows) - 1)
+
+
+def check_recent_places(rows: Tensor | None, slots: Tensor | None, k: Tensor, v: Tensor, pages: Tensor) -> None:
+    """Raises ValueError unless a store's rings and places in them fit its keys, values and pages, or both are None."""
+    if rows is None or slots is None:
+        if (rows is None) != (slots is None):
+            given, missing = ("recent_slots", "recent_rows") if rows is None else ("recent_rows", "recent_slots")
+            raise ValueError(
+                f"recent_rows and recent_slots go together: give both or none, got {given} without {missing}"
+            )
+        return
+    if k.dtype != v.dtype:
+        raise ValueError(f"k and v must have one dtype to go into recent_rows, got {k.dtype} and {v.dtype}")
+    _check_rows("recent_rows", rows, k, pages)
+    checks.check_tensor("recent_slots", slots, (len(k),), torch.int64, pages)
+    checks.check_range("recent_slots", slots, -1, rows.shape[0] * rows.shape[3] - 1)
+
+
+def _check_rows(name: str, rows: Tensor, like: Tensor, pages: Tensor) -> None:
+    """Raises ValueError unless rows are rings as `Recent.rows` for queries or keys `like`."""
+    checks.check_tensor(name, rows, (None, pages.shape[1], 2, None, like.shape[2]), like.dtype, pages)
+    if rows.shape[3] not in RING_SIZES:
+        valid = ", ".join(map(str, RING_SIZES))
+        raise ValueError(f"{name} must hold {valid} tokens per ring, got {rows.shape[3]} ({list(rows.shape)})")
+    if not rows.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {rows.stride()}")

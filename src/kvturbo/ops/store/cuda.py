@@ -50,14 +50,17 @@ class _Params(Parameters):
     """`Params` of store.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("k", "v", "pages", "slots", "outlier_channels")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("k", "v", "pages", "slots", "outlier_channels", "recent", "recent_slots")
+        ),
         *((name, ctypes.c_int64) for name in ("k_token", "k_head", "v_token", "v_head", "block_stride")),
-        *((name, ctypes.c_int) for name in ("tokens", "kv_heads", "span")),
+        *((name, ctypes.c_int) for name in ("tokens", "kv_heads", "span", "ring_bits")),
         ("signs", ctypes.c_uint32 * 8),
     )
 
 
-_ADDRESSES = struct.Struct("5P")
+_ADDRESSES = struct.Struct("7P")
 """The first fields of `_Params`; the others are the same in all calls of a kind."""
 
 
@@ -83,9 +86,12 @@ class _Call:
         k, v: of one dtype of `TYPES`, rows contiguous.
         pages, slots: contiguous slots, at least one.
         fmt: the format.
+        recent_rows: of k's and v's dtype, or None.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
+    def __init__(
+        self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat, recent_rows: Tensor | None
+    ) -> None:
         tokens, heads = len(slots), pages.shape[1]
         span = 1 if 2 * tokens * heads <= _MOST_SINGLE else _OCTET
         tasks = -(-tokens // span) * 2 * heads
@@ -94,34 +100,70 @@ class _Call:
         self._spare: list[_Params] = []
         self._sizes = (
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), tokens, heads, span,
-            sign_words(fmt.head_dim, fmt.seed),
+            0 if recent_rows is None else recent_rows.shape[3].bit_length() - 1, sign_words(fmt.head_dim, fmt.seed),
         )  # fmt: skip
 
-    def __call__(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, outlier_channels: Tensor | None) -> None:
+    def __call__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        slots: Tensor,
+        outlier_channels: Tensor | None,
+        recent_rows: Tensor | None,
+        recent_slots: Tensor | None,
+    ) -> None:
         """Launches the kernel for tensors like those that it was made for."""
-        at_k, at_v = k.data_ptr(), v.data_ptr()
+        at_k, at_v, at_recent = k.data_ptr(), v.data_ptr(), pointer(recent_rows)
+        if at_recent % self._unit:
+            raise ValueError(f"recent_rows must begin at a multiple of {self._unit} bytes, got address {at_recent:#x}")
         if at_k % self._unit or at_v % self._unit:
-            return store(k, v, pages, slots, fmt=self._fmt, outlier_channels=outlier_channels)
+            return store(
+                k, v, pages, slots, fmt=self._fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
+                recent_slots=recent_slots,
+            )  # fmt: skip
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
-            parameters = _Params(*[None] * 5, *self._sizes)
-        _ADDRESSES.pack_into(parameters, 0, at_k, at_v, pages.data_ptr(), slots.data_ptr(), pointer(outlier_channels))
+            parameters = _Params(*[None] * 7, *self._sizes)
+        _ADDRESSES.pack_into(
+            parameters, 0, at_k, at_v, pages.data_ptr(), slots.data_ptr(), pointer(outlier_channels), at_recent,
+            pointer(recent_slots),
+        )  # fmt: skip
         self._kernel.launch(self._grid, _WARPS * 32, parameters, current_stream(self._device))
         self._spare.append(parameters)
 
 
 def prepare(
-    k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, outlier_channels: Tensor | None, *, fmt: KVFormat
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    slot_mapping: Tensor,
+    outlier_channels: Tensor | None,
+    recent_rows: Tensor | None,
+    recent_slots: Tensor | None,
+    *,
+    fmt: KVFormat,
 ) -> Callable[..., None]:
     """What runs calls with tensors like these, as in `kvturbo.ops.store`: takes the same ones. Loads the kernel."""
     plain = k.dtype == v.dtype and k.dtype in TYPES and all(_strided_for_us(x) for x in (k, v))
-    contiguous = slot_mapping.is_contiguous() and (outlier_channels is None or outlier_channels.is_contiguous())
+    contiguous = all(x is None or x.is_contiguous() for x in (slot_mapping, outlier_channels, recent_slots))
     if plain and contiguous and len(slot_mapping):
-        return _Call(k, v, pages, slot_mapping, fmt)
+        return _Call(k, v, pages, slot_mapping, fmt, recent_rows)
 
-    def run(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, outlier_channels: Tensor | None) -> None:
-        store(k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels)
+    def run(
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        slot_mapping: Tensor,
+        outlier_channels: Tensor | None,
+        recent_rows: Tensor | None,
+        recent_slots: Tensor | None,
+    ) -> None:
+        store(
+            k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
+            recent_slots=recent_slots,
+        )  # fmt: skip
 
     return run
 
@@ -134,15 +176,26 @@ def store(
     *,
     fmt: KVFormat,
     outlier_channels: Tensor | None = None,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
 ) -> None:
-    """See `kvturbo.ops.store`. fp64, and keys and values of different dtypes, go through fp32 copies."""
+    """See `kvturbo.ops.store`. fp64, and keys and values of different dtypes, go through fp32 copies.
+
+    Raises:
+        TypeError: recent_rows are fp64.
+        ValueError: recent_rows are not aligned to 4 elements.
+    """
+    if recent_rows is not None and recent_rows.dtype not in TYPES:
+        raise TypeError(
+            f"recent_rows must be one of {', '.join(map(str, TYPES))} for the cuda backend, got {recent_rows.dtype}"
+        )
     if not len(slot_mapping):
         return
     if k.dtype != v.dtype or k.dtype == torch.float64:
         k, v = k.float(), v.float()
     k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
-    channels = None if outlier_channels is None else outlier_channels.contiguous()
-    _Call(k, v, pages, slots, fmt)(k, v, pages, slots, channels)
+    channels, places = (None if x is None else x.contiguous() for x in (outlier_channels, recent_slots))
+    _Call(k, v, pages, slots, fmt, recent_rows)(k, v, pages, slots, channels, recent_rows, places)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ def store(
     *,
     fmt: KVFormat,
     outlier_channels: Tensor | None = None,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
 ) -> None:
     """See `kvturbo.ops.store`."""
     keep = slot_mapping >= 0
@@ -33,6 +35,16 @@ def store(
         _put(old, new, index, slots % layout.page_size)
         layout.write(block, side, old)
     pages[touched] = block
+    if recent_rows is not None and recent_slots is not None:
+        _copy_recent(k, v, recent_rows, torch.where(keep, recent_slots, -1))
+
+
+def _copy_recent(k: Tensor, v: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """Copies tokens [T, heads, d] to their places in rings [rings, heads, 2, R, d]."""
+    kept, size = slots >= 0, rows.shape[3]
+    ring, place = slots[kept] // size, slots[kept] % size
+    for side, x in enumerate((k, v)):
+        rows[ring, :, side, place] = x[kept]
 
 
 def _put(pages: Packed, tokens: Packed, index: Tensor, slot: Tensor) -> None:

@@ -24,9 +24,12 @@ struct Params {
   u8* pages;
   const i64* slots;               // [tokens]
   const i64* outlier_channels;    // [HKV, OUTLIERS] or null
+  void* recent;                   // rings of raw keys and values of IN_TYPE: [rings, HKV, 2, ring size, D]
+  const i64* recent_slots;        // [tokens], ring * ring size + place in it, -1: none; null: no token goes into a ring
   i64 k_token, k_head, v_token, v_head;  // strides in elements
   i64 block_stride;               // bytes from block to block
   int tokens, kv_heads, span;
+  int ring_bits;                  // log2 of the ring size
   u32 signs[8];                   // bit c set: sigma_c = -1
 };
 
@@ -207,15 +210,30 @@ template <int L> DEV void take_outliers(const Params& p, const Place& place, int
 #endif
 }
 
+template <int TYPE> struct Four { typedef uint2 Raw; };  // elements as they lie in memory
+template <> struct Four<2> { typedef float4 Raw; };
+typedef Four<IN_TYPE>::Raw Raw;
+
+// Copies a vector to its place in a ring.
+template <bool V, int L> DEV void put_recent(const Params& p, int head, int slot, const Raw (&x)[PER_LANE<L, 4> / 4], int l) {
+  const int row = ((slot >> p.ring_bits) * p.kv_heads + head) * 2 + V, place = slot & ((1 << p.ring_bits) - 1);
+  Raw* to = (Raw*)p.recent + (((i64)row << p.ring_bits) + place) * (D / 4) + l;
+  UNROLL for (int m = 0; m < PER_LANE<L, 4> / 4; m++) if (has_chunk<L, 4>(m, l)) to[L * m] = x[m];
+}
+
 // Loads, rotates and quantises a vector; writes its scale, and what else has no neighbours.
 template <bool V, int L> DEV void make_codes(const Params& p, const Place& place, int head, i64 token, u32 (&codes)[PER_LANE<L, 4> / 4],
                                              const Search* search, u8* memory, int lane) {
   constexpr int N = PER_LANE<L, 4>, BITS = V ? V_BITS : K_BITS;
   const int l = lane % L;
   const i64 at = token * (V ? p.v_token : p.k_token) + head * (V ? p.v_head : p.k_head);
+  const int recent = p.recent_slots ? (int)p.recent_slots[token] : -1;  // read with the vector, for the latency
+  Raw raw[N / 4];
   float y[N];
+  UNROLL for (int m = 0; m < N / 4; m++) if (has_chunk<L, 4>(m, l)) raw[m] = ((const Raw*)(V ? p.v : p.k))[(at >> 2) + l + L * m];
+  if (recent >= 0) put_recent<V, L>(p, head, recent, raw, l);
   UNROLL for (int m = 0; m < N / 4; m++) {
-    if (has_chunk<L, 4>(m, l)) load4<IN_TYPE>(V ? p.v : p.k, at + 4 * (l + L * m), y + 4 * m);
+    if (has_chunk<L, 4>(m, l)) load4<IN_TYPE>(raw, 4 * m, y + 4 * m);
     else UNROLL for (int i = 0; i < 4; i++) y[4 * m + i] = 0;
   }
   if (!V) take_outliers<L>(p, place, head, at, y, (u32*)memory, lane);

@@ -369,17 +369,27 @@ def _store_values(
             )
 
 
+@triton.jit
+def _put_recent(x, rows, slots, row, m_row, side, RING: tl.constexpr, D: tl.constexpr, DV: tl.constexpr):
+    """Copies the vectors at pointers x [rows] as they are to where the tokens `row` have a place in a ring, on one side of it."""
+    slot = tl.load(slots + row, mask=m_row, other=-1)
+    vector = ((slot // RING * tl.num_programs(1) + tl.program_id(1)) * 2 + side) * RING + slot % RING
+    c = tl.arange(0, DV)[None, :]
+    mask = (slot >= 0)[:, None] & (c < D)
+    tl.store(rows + (vector * D)[:, None] + c, tl.load(x[:, None] + c, mask=mask), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "stride_page"],
-    do_not_specialize_on_alignment=["k", "v", "slot_mapping", "outlier_channels"],
+    do_not_specialize_on_alignment=["k", "v", "slot_mapping", "outlier_channels", "recent_slots"],
 )
 def _store(
-    k, v, pages, slot_mapping, outlier_channels, k_turn, v_turn,
+    k, v, pages, slot_mapping, outlier_channels, recent_rows, recent_slots, k_turn, v_turn,
     num_tokens, k_stride_t, k_stride_h, v_stride_t, v_stride_h, stride_page, norm,
     D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
     VB: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, V_CODES: tl.constexpr, V_SIGNS: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr,
-    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, ROTATE: tl.constexpr, ROWS: tl.constexpr,
+    OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, ROTATE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
     EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one KV head, keys or values."""
@@ -392,14 +402,20 @@ def _store(
     offset = position // P * stride_page * 16 + head.to(tl.int64) * PAGE_BYTES
     token = row.to(tl.int64)
     if tl.program_id(2) == 0:
+        x = k + token * k_stride_t + head.to(tl.int64) * k_stride_h
+        if RING > 0:
+            _put_recent(x, recent_rows, recent_slots, row, m_row, 0, RING, D, DV)
         _store_keys(
-            k + token * k_stride_t + head.to(tl.int64) * k_stride_h, pages + offset, slot, m_row, k_turn,
+            x, pages + offset, slot, m_row, k_turn,
             outlier_channels + head * OUTLIERS if OUTLIERS > 0 else k_turn, norm,
             D, P, SP, DV, KB, ROTATE, K_CODES, K_SIGNS, K_SCALE, OUTLIERS, OUT_CODES, OUT_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
     else:
+        x = v + token * v_stride_t + head.to(tl.int64) * v_stride_h
+        if RING > 0:
+            _put_recent(x, recent_rows, recent_slots, row, m_row, 1, RING, D, DV)
         _store_values(
-            v + token * v_stride_t + head.to(tl.int64) * v_stride_h, pages, offset, slot, m_row, v_turn, norm,
+            x, pages, offset, slot, m_row, v_turn, norm,
             D, P, DV, VB, ROTATE, V_CODES, V_SIGNS, V_SCALE, ROWS, EXACT, DOT,
         )  # fmt: skip
 
@@ -419,18 +435,22 @@ def store(
     *,
     fmt: KVFormat,
     outlier_channels: Tensor | None = None,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
 ) -> None:
     """See `kvturbo.ops.store`. Computes in fp32.
 
     Raises:
-        ValueError: pages are not aligned to 16 bytes.
+        TypeError: recent_rows are fp64.
+        ValueError: pages or recent_rows are not aligned to 16 bytes.
     """
     common.check_pages(pages)
+    common.check_rings("recent_rows", recent_rows)
     tokens, heads = k.shape[:2]
     if not tokens:
         return
     k, v = common.rows_contiguous(k), common.rows_contiguous(v)
-    slot_mapping, outlier_channels = common.contiguous(slot_mapping, outlier_channels)
+    slot_mapping, outlier_channels, recent_slots = common.contiguous(slot_mapping, outlier_channels, recent_slots)
     if triton.next_power_of_2(fmt.head_dim) == fmt.head_dim:
         rows, turns = 8, [common.device_signs(fmt.head_dim, fmt.seed, k.device)] * 2
     else:
@@ -438,9 +458,9 @@ def store(
         turns = [common.rotation_matrix(fmt.head_dim, fmt.seed, side, fmt.k.rotate, k.device) for side in SIDES]
     norm = common.norm(fmt.head_dim, fmt.k.rotate)
     _store[(-(-tokens // rows), heads, 2)](
-        k, v, pages, slot_mapping, outlier_channels, *turns,
+        k, v, pages, slot_mapping, outlier_channels, recent_rows, recent_slots, *turns,
         tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0) // 16,
-        norm, ROTATE=fmt.k.rotate,
+        norm, ROTATE=fmt.k.rotate, RING=0 if recent_rows is None else recent_rows.shape[3],
         **common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2])), PAGE_BYTES=pages.shape[2],
         ROWS=rows, EXACT=k.dtype == v.dtype == torch.bfloat16, DOT=common.DOT, num_warps=4, num_stages=1,
     )  # fmt: skip
