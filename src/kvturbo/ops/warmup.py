@@ -36,7 +36,8 @@ def warmup(
         device: the GPU.
         max_q_len: the largest q_len to come, 1 to 8; None for calls without q_lens.
         backend: as in `kvturbo.ops.decode`.
-        options: of decode, whose presence picks a kernel: seq_starts, sinks (bool), window, soft_cap (a value or None).
+        options: of decode, whose presence picks a kernel: seq_starts, sinks (bool), window, soft_cap (a value or None), and
+            ring_size (tokens of a ring of the calls' `recent`, 0 for calls without; cuda backend).
 
     Raises:
         ValueError: the backend does not exist or can't run here, or max_q_len is not from 1 to 8.
@@ -44,9 +45,9 @@ def warmup(
     """
     if max_q_len is not None and not 1 <= max_q_len <= MAX_Q_LEN:
         raise ValueError(f"max_q_len must be from 1 to {MAX_Q_LEN}, got {max_q_len}")
-    unknown = set(options) - {"seq_starts", "window", "soft_cap", "sinks"}
+    unknown = set(options) - {"seq_starts", "window", "soft_cap", "sinks", "ring_size"}
     if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}; valid: seq_starts, sinks, soft_cap, window")
+        raise TypeError(f"unknown options {sorted(unknown)}; valid: ring_size, seq_starts, sinks, soft_cap, window")
     device = torch.empty(0, device=device).device  # with its index
     shape = {"num_kv_heads": num_kv_heads, "page_size": page_size, "dtype": dtype, "device": device}
     for operation in backends.OPERATIONS:

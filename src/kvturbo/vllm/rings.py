@@ -100,6 +100,22 @@ def of_layer(layer: Any, plan: Plan) -> Plan:
     return plan
 
 
+def line_of(plans: list[Plan], nbytes: int) -> str:
+    """What the log says at the start.
+
+    Args:
+        plans: of the packed layers, at least one.
+        nbytes: of all their rings on this rank.
+    """
+    given = [plan for plan in plans if plan.count]
+    if not given:
+        return f"no tokens are kept raw ({plans[0].why})"
+    return (
+        f"the newest {given[0].size} tokens of up to {given[0].count} sequences are also kept raw, in {nbytes / 2**20:.0f} MiB of "
+        f"rings for {len(given)} layers"
+    )
+
+
 Launch = Callable[[Parameters], None]
 """Runs rings.cu, once per step."""
 
@@ -150,6 +166,9 @@ class Rings:
     def __init__(
         self, plan: Plan, blocks: int, block: int, most: int, tokens: int, device: torch.device, launch: Launch
     ) -> None:
+        if not blocks:
+            raise ValueError("kvturbo: a step before the cache is there")
+
         def ints(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 

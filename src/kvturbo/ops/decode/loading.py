@@ -31,12 +31,14 @@ def warmup(
     dtype: torch.dtype,
     device: torch.device,
     max_q_len: int | None = None,
+    ring_size: int = 0,
     **options: object,
 ) -> None:
     """Compiles (in parallel) and loads every kernel for queries and outputs of a dtype, whatever the batch and the options.
 
     Args:
         max_q_len: the largest q_len; None as 1.
+        ring_size: tokens of a ring of the calls' `recent`; 0 for calls without.
         options: of decode; they are arguments of the kernel here.
 
     Raises:
@@ -44,7 +46,7 @@ def warmup(
     """
     limits, group = limits_of(device), num_q_heads // num_kv_heads
     variants = {
-        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limits)
+        variant_for(fmt, page_size, dtype, dtype, group, q_len, tasks, limits, ring_size)
         for q_len in range(1, (max_q_len or 1) + 1)
         for tasks in (1, FEW_TASKS + 1)
     }
