@@ -103,8 +103,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: int, *, window: int | None
 
 
 def oracle(cache: Cache, q: Tensor, q_lens: list[int] | None = None, seq_starts: list[int] | None = None,
-           sinks: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The whole call in float64: out, lse and the largest score of each head."""
+           sinks: Tensor | None = None, recent: Any = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The whole call in float64: out, lse and the largest score of each head. What rings hold is in the cache's k and v."""
     largest = torch.zeros(q.shape[1], dtype=torch.float64, device="cuda")
     out = torch.zeros(q.shape, dtype=torch.float64, device="cuda")
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device="cuda")

@@ -235,7 +235,9 @@ def rings(batch: Batch, counts: list[int], size: int, dtype: torch.dtype) -> Rec
     return Recent(rows, slots, torch.tensor(counts, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 10}, {"window": 150, "sinks": True, "soft_cap": 1.5}, {"starts": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 10}, {"window": 150, "sinks": True, "soft_cap": 1.5}, {"starts": True}]
+)
 @pytest.mark.parametrize("kernel", RECENT_CASES, ids=lambda case: case.label, indirect=True)
 def test_newest_tokens_are_read_raw(run: Runner, options: dict[str, Any]) -> None:
     batch, size = run.batch(), run.case.ring

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from kvturbo import KVFormat
+from kvturbo.ops.recent import Recent
 
 TYPES = {
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -67,7 +68,7 @@ def compiler(arch: int) -> Any:
 
 
 def launch(fmt: KVFormat, page_size: int) -> None:
-    """One store, one gather and two decodes: plain, and with every option."""
+    """A store without and with rings, a gather, and three decodes: plain, with every option, and with rings too."""
     store, gather, decode = (
         getattr(import_module(f"kvturbo.ops.{op}.triton"), op) for op in ("store", "gather", "decode")
     )
@@ -76,6 +77,8 @@ def launch(fmt: KVFormat, page_size: int) -> None:
     x = torch.zeros(3, HEADS, fmt.head_dim, dtype=torch.bfloat16)
     options: dict[str, Any] = {"fmt": fmt, "outlier_channels": channels}
     store(x, x, pages, torch.arange(3), **options)
+    rings = torch.zeros(2, HEADS, 2, 16, fmt.head_dim, dtype=torch.bfloat16)
+    store(x, x, pages, torch.arange(3), recent_rows=rings, recent_slots=torch.arange(3), **options)
     table, lens = torch.tensor([[0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     out = torch.empty(1, 3, HEADS, fmt.head_dim, dtype=torch.bfloat16)
     gather(pages, table, 0, 3, (out, out), **options)
@@ -89,6 +92,8 @@ def launch(fmt: KVFormat, page_size: int) -> None:
         "sinks": torch.zeros(HEADS * GROUP),
     }
     decode(q.half(), pages, table, lens, torch.empty_like(q), scale=0.1, **every, **options)
+    recent = Recent(rings, lens - 3, lens - 1)
+    decode(q, pages, table, lens, torch.empty_like(q), scale=0.1, recent=recent, **every, **options)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, SCALE, Case, reference
+from test_emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, RECENT_CASES, SCALE, Case, reference, rings
 
 from kernel_checks import check_gather, check_store, mixed_slots, rotations, vectors
 from kvturbo import KVFormat
 from kvturbo.ops import backends, decode, gather, schedule, store
 from kvturbo.ops.decode import cuda as cuda_decode
 from kvturbo.ops.decode.variants import FEW_TASKS
+from kvturbo.ops.recent import Recent
 from kvturbo.ops.store import cuda as cuda_store
 from support import Batch, batch_of, device_of, interpreted, ints, relative_error
 
@@ -97,6 +98,8 @@ class Checks:
             for kind, options in every.items():
                 yield f"decode {case.label} {kind}", lambda c=case, o=options: self.decode(c, lengths_of(c), o)
         yield "decode with a schedule of its own", lambda: self.decode(CASES[0], LENGTHS, {}, planned=False)
+        for case in RECENT_CASES[:1] if self.quick or self.backend == "triton" else RECENT_CASES:
+            yield f"decode {case.label}", lambda c=case: self.decode(c, lengths_of(c), {"window": 150})
         if self.backend == "cuda":
             long = [*LONG, *[1] * (FEW_TASKS // HEADS)]
             yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2, draws=True)
@@ -145,6 +148,8 @@ class Checks:
         """
         batch = batch_of(case.fmt, lengths, heads=HEADS, page_size=case.page_size)
         options = options_for(case, lengths, options)
+        if case.ring:
+            options["recent"] = rings(batch, [min(case.ring, n) for n in lengths], case.ring, case.dtype)
         generator = torch.Generator().manual_seed(3)
         shape = len(lengths) * case.queries, HEADS * case.group, case.head_dim
         q = (2 * torch.randn(shape, generator=generator)).to(case.dtype)
@@ -170,6 +175,9 @@ class Checks:
             on_device[name] = ints(options.get(name), device)
         if "sinks" in options:
             on_device["sinks"] = options["sinks"].to(device)
+        recent = None
+        if case.ring:
+            recent = on_device["recent"] = Recent(*(x.to(device) for x in options["recent"]))
         q, seq_lens = q.to(device), batch.seq_lens.to(device)
         if ctas:
             lens = {
@@ -177,14 +185,16 @@ class Checks:
                 "seq_starts": on_device["seq_starts"],
                 "window": options.get("window"),
             }
-            if self.backend == "triton":
+            if self.backend == "triton" and recent is None:
                 on_device["schedule"] = schedule.plan(seq_lens, **lens)
-            else:
+            elif self.backend == "cuda":
                 with few_ctas(ctas):
-                    plan = cuda_decode.make_schedule(q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out)
+                    plan = cuda_decode.make_schedule(
+                        q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out, ring_size=case.ring
+                    )
                 assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
                 plan.workspace.fill_(math.nan)
-                plan.update(seq_lens, **lens)
+                plan.update(seq_lens, **lens, recent_counts=None if recent is None else recent.counts)
                 big, _, total = plan.plan[:3].tolist()
                 assert (total > plan.ctas * big) or not draws, "no chunk is drawn by ticket"
                 on_device["schedule"] = plan

@@ -6,6 +6,7 @@ a kernel for every set of options and gets fewer calls.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from gpu_cases import Cache, cache_of, check, queries
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES
+from kvturbo.ops.recent import Recent
 from support import ints
 
 CACHES, CALLS = {"cuda": 64, "triton": 12}, {"cuda": 36, "triton": 6}
@@ -33,8 +35,26 @@ def cache_for(rng: random.Random) -> tuple[Cache, int]:
     return cache, rng.choice(GROUPS)
 
 
+def with_rings(cache: Cache, size: int, rng: random.Random, dtype: torch.dtype) -> tuple[Cache, Recent]:
+    """A cache any of whose newest tokens have other keys and values in rings, and those; NaN in all that nobody is to read."""
+    counts = [rng.randint(0, min(size, len(k))) for k in cache.k]
+    shape = len(counts) + 1, cache.pages.shape[1], 2, size, cache.fmt.head_dim
+    rows = torch.full(shape, math.nan, dtype=dtype, device="cuda")
+    slots = rng.sample(range(len(rows)), len(counts))
+    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    for b, (count, slot) in enumerate(zip(counts, slots, strict=True)):
+        split = len(cache.k[b]) - count
+        at = torch.arange(split, split + count, device="cuda") % size
+        for side, (packed, factor) in enumerate(((cache.k[b], 0.8), (cache.v[b], 1.2))):
+            raw = (packed[split:] * factor).to(dtype)
+            rows[slot, :, side, at] = raw.transpose(0, 1)
+            sides[side].append(torch.cat((packed[:split], raw.double())))
+    named = [slot if count else -1 for slot, count in zip(slots, counts, strict=True)]
+    return replace(cache, k=sides[0], v=sides[1]), Recent(rows, ints(named, "cuda"), ints(counts, "cuda"))
+
+
 def call_of(
-    cache: Cache, group: int, rng: random.Random, dtype: torch.dtype
+    cache: Cache, group: int, rng: random.Random, dtype: torch.dtype, ring: int = 0
 ) -> tuple[Cache, torch.Tensor, dict[str, Any]]:
     """Any of the sequences in any number, cut to any length, with any options; queries of the dtype."""
     picked = [rng.randrange(len(cache.k)) for _ in range(int(2 ** rng.uniform(0, 6)))]
@@ -59,8 +79,15 @@ def call_of(
         options["seq_starts"] = [rng.randint(0, n + 1) if rng.random() < 0.5 else 0 for n in lengths]
     if rng.random() < 0.3:
         options["sinks"] = torch.linspace(-4, 4, cache.pages.shape[1] * group, device="cuda")
+    if ring and rng.random() < 0.7:
+        part, options["recent"] = with_rings(part, ring, rng, dtype)
     q = queries(cache, rows, group, rng.choice((0.1, 1.0, 8.0)), dtype)
     return part, q.roll(rng.randrange(1000)), options
+
+
+def shown(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the contents of rings."""
+    return options | ({"recent": options["recent"].counts.tolist()} if "recent" in options else {})
 
 
 @pytest.mark.parametrize(
@@ -70,9 +97,9 @@ def test_any_call_agrees_with_float64(backend: str, seed: int) -> None:
     cache, group = cache_for(random.Random(seed))
     for number in range(CALLS[backend]):
         dtype = (torch.bfloat16, torch.float16)[seed % 2]  # one per cache: half as many kernels to compile
-        part, q, options = call_of(cache, group, random.Random(1000 * seed + number), dtype)
+        part, q, options = call_of(cache, group, random.Random(1000 * seed + number), dtype, (0, 0, 16, 8)[seed % 4])
         try:
             check(part, q, backend, **options)
         except AssertionError as error:
-            shape = f"{cache.fmt.name} head_dim {cache.fmt.head_dim} group {group}, lengths {part.seq_lens.tolist()}, {options}"
+            shape = f"{cache.fmt.name} head_dim {cache.fmt.head_dim} group {group}, lengths {part.seq_lens.tolist()}, {shown(options)}"
             raise AssertionError(f"seed {seed} call {number}: {error}; {shape}") from error

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.ops import backends
+from kvturbo.ops.recent import Recent
 
 
 @torch.library.custom_op("kvturbo::store", mutates_args={"pages", "recent_rows"})
@@ -101,15 +102,22 @@ def decode(
     sinks: Tensor | None,
     outlier_channels: Tensor | None,
     backend: str,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
+    recent_counts: Tensor | None = None,
 ) -> Tensor:
     """`kvturbo.ops.decode`, the format by name. The backend is chosen when it runs, not when it is traced. Returns lse."""
     fmt = KVFormat.from_name(format_name, q.shape[-1], seed=seed)
     run = backends.load("decode", backends.choose(backend, "decode", pages.device, fmt))
     lse: Tensor = run(
         q, pages, block_table, seq_lens, out, fmt=fmt, scale=scale, q_lens=q_lens, seq_starts=seq_starts, window=window,
-        soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels,
+        soft_cap=soft_cap, sinks=sinks, outlier_channels=outlier_channels, recent=_recent(recent_rows, recent_slots, recent_counts),
     )  # fmt: skip
     return lse
+
+
+def _recent(rows: Tensor | None, slots: Tensor | None, counts: Tensor | None) -> Recent | None:
+    return None if rows is None or slots is None or counts is None else Recent(rows, slots, counts)
 
 
 @decode.register_fake
@@ -129,5 +137,8 @@ def _(
     sinks: Tensor | None,
     outlier_channels: Tensor | None,
     backend: str,
+    recent_rows: Tensor | None = None,
+    recent_slots: Tensor | None = None,
+    recent_counts: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -157,12 +157,8 @@ def check_pages(pages: Tensor) -> None:
         )
 
 
-def check_rings(name: str, rows: Tensor | None) -> None:
-    """Raises TypeError or ValueError unless rows of raw keys and values are as the kernels take them."""
-    if rows is None:
-        return
-    if rows.dtype == torch.float64:
-        raise TypeError(f"{name} must be bf16, fp16 or fp32 for the triton backend, got {rows.dtype}")
+def check_rings(name: str, rows: Tensor) -> None:
+    """Raises ValueError unless rows of raw keys and values are aligned, so that there is one kernel for all of them."""
     if rows.data_ptr() % 16:
         raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {rows.data_ptr():#x}")
 

@@ -37,7 +37,7 @@ def warmup(
         max_q_len: the largest q_len to come, 1 to 8; None for calls without q_lens.
         backend: as in `kvturbo.ops.decode`.
         options: of decode, whose presence picks a kernel: seq_starts, sinks (bool), window, soft_cap (a value or None), and
-            ring_size (tokens of a ring of the calls' `recent`, 0 for calls without; cuda backend).
+            ring_size (tokens of a ring of the calls' `recent`, 0 for calls without).
 
     Raises:
         ValueError: the backend does not exist or can't run here, or max_q_len is not from 1 to 8.
@@ -57,5 +57,7 @@ def warmup(
         module = importlib.import_module(f"kvturbo.ops.{operation}.{name}")
         if operation == "decode":
             module.warmup(fmt, num_q_heads=num_q_heads, max_q_len=max_q_len, **options, **shape)
+        elif operation == "store":
+            module.warmup(fmt, ring_size=options.get("ring_size", 0), **shape)
         else:
             module.warmup(fmt, **shape)

@@ -82,7 +82,9 @@ def decode(
         if last != kind:
             run = _CHECKED.get(kind)
         if run is not None:
-            return run(q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule, recent)
+            return run(
+                q, pages, block_table, seq_lens, out, q_lens, seq_starts, sinks, outlier_channels, schedule, recent
+            )
     page_size = checks.check_pages(pages, fmt)
     checks.check_vectors("q", q, fmt, pages)
     checks.check_heads(q, pages)

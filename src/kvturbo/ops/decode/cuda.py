@@ -363,7 +363,14 @@ def prepare(
     ).run
     slots, counts = (None, None) if recent is None else recent[1:]
     _check_contiguous(
-        out=out, slots=slots, counts=counts, seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, sinks=sinks, outlier_channels=outlier_channels
+        out=out,
+        slots=slots,
+        counts=counts,
+        seq_lens=seq_lens,
+        q_lens=q_lens,
+        seq_starts=seq_starts,
+        sinks=sinks,
+        outlier_channels=outlier_channels,
     )
     if block_table.stride(1) != 1:
         raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")

@@ -71,6 +71,7 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
   return (threadIdx.x & 31) == 0;
 #endif
 }
+DEV void prefetch(const void* at) { asm("prefetch.global.L2 [%0];" ::"l"(at)); }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 // tanhf is tanh.approx under fast math, for which PTX promises 2^-11.
 DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }
@@ -528,11 +529,17 @@ DEV void put_fixed_point(float x, float r, u32* tile, int row, int lane, int& su
 struct Rows {
   static constexpr int MINE = (ROWS + NW - 1) / NW;
   float x[MINE][E];
+#if RECENT
+  int ring;
+#endif
 #if OUTLIERS
   int channel;
   float out[MINE];
 #endif
   DEV void fetch(const Params& p, const Task& k, int warp, int lane) {
+#if RECENT
+    ring = k.recent ? p.recent_slots[k.sequence] : 0;
+#endif
 #if OUTLIERS
     channel = lane < OUTLIERS ? (int)p.outlier_channels[k.head * OUTLIERS + lane] : -1;
 #endif
@@ -548,8 +555,13 @@ struct Rows {
   }
 };
 
-// Rotates and quantises the task's queries, a warp per row.
-DEV void put_queries(const Params& p, const Task& k, Rows& rows, Queries& q, float* buf, int warp, int lane) {
+// Rotates and quantises the task's queries, a warp per row. The newest tokens will be wanted at the task's end.
+DEV void put_queries(const Params& p, const Task& k, bool ends, Rows& rows, Queries& q, float* buf, int warp, int lane) {
+#if RECENT
+  constexpr int RING = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2);
+  if (ends && warp == NW - 1 && k.recent)
+    for (int at = lane * 128; at < RING; at += 32 * 128) prefetch((const u8*)p.recent + ((i64)rows.ring * p.kv_heads + k.head) * RING + at);
+#endif
   constexpr int MINE = Rows::MINE;
   float (&x)[MINE][E] = rows.x;
 #if OUTLIERS
@@ -604,7 +616,10 @@ struct Newest {
   float weight;      // of this lane's token, relative to the row's top
   int from, to, at;  // the tokens that the row sees, counted from the first; its place among the raw ones
   i64 keys;          // where the sequence's keys lie, in elements; values follow
-  DEV i64 place(int i) const { return keys + (i64)((at + i) % RECENT) * D; }
+  DEV bool sees(int i) const { return i >= from && i < to; }
+  DEV float element(const Params& p, int side, int i, int e, int lane) const {  // 0 of a token that the row does not see
+    return sees(i) && 32 * e + lane < D ? load_element<Q_TYPE>(p.recent, keys + (side + (at + i) % RECENT) * D + 32 * e + lane) : 0.f;
+  }
   // The scores join the row's top and sum; returns what the rest of the row is multiplied with.
   DEV float join(const Params& p, const Task& k, i64 row, int query, float& top, float& sum, int lane) {
     const int newest = k.position(query);
@@ -613,20 +628,17 @@ struct Newest {
     from = max(first - k.length, 0);
     to = newest - k.length + 1;
     at = k.length % RECENT;
-    weight = 0;
-    if (from >= to) return 1;
     keys = ((i64)p.recent_slots[k.sequence] * p.kv_heads + k.head) * (2 * RECENT * D);
     float q[E], score = -INF;
     UNROLL for (int e = 0; e < E; e++) q[e] = 32 * e + lane < D ? load_element<Q_TYPE>(p.q, row * D + 32 * e + lane) : 0.f;
 #pragma unroll 4
-    for (int i = from; i < to; i++) {
-      const i64 key = place(i);
+    for (int i = 0; i < RECENT; i++) {  // all of them: a loop of unknown length would make the warp's lanes part, for the compiler
       float s = 0;
-      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) s = fmaf(q[e], load_element<Q_TYPE>(p.recent, key + 32 * e + lane), s);
+      UNROLL for (int e = 0; e < E; e++) s = fmaf(q[e], element(p, 0, i, e, lane), s);
       UNROLL for (int h = 16; h; h /= 2) s += __shfl_xor_sync(~0u, s, h);
-      if (lane == i) score = s * p.scale_log2;
+      if (lane == i && sees(i)) score = s * p.scale_log2;
     }
-    if (p.soft_cap > 0 && lane >= from && lane < to) score = p.soft_cap * tanh_exact(score / p.soft_cap);
+    if (p.soft_cap > 0 && sees(lane)) score = p.soft_cap * tanh_exact(score / p.soft_cap);
     float next = score;
     UNROLL for (int h = 16; h; h /= 2) next = max_nan(next, __shfl_xor_sync(~0u, next, h));
     next = max_nan(next, top);
@@ -640,10 +652,9 @@ struct Newest {
   }
   DEV void add_values(const Params& p, float scale, float* x, int lane) const {
 #pragma unroll 4
-    for (int i = from; i < to; i++) {
-      const i64 value = place(i) + RECENT * D;
+    for (int i = 0; i < RECENT; i++) {
       const float w = __shfl_sync(~0u, weight, i) * scale;
-      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) x[e] = fmaf(w, load_element<Q_TYPE>(p.recent, value + 32 * e + lane), x[e]);
+      UNROLL for (int e = 0; e < E; e++) x[e] = fmaf(w, element(p, RECENT, i, e, lane), x[e]);
     }
   }
 };
@@ -673,7 +684,7 @@ DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum,
   UNROLL for (int e = 0; e < E; e++) x[e] *= scale;
   if (ROTATE) { hadamard<32, 1, true>(x, buf, lane); flip_signs<32, 1>(x, p.signs, lane); }
 #if RECENT
-  if (sum != 0) newest.add_values(p, 1 / sum, x, lane);
+  newest.add_values(p, sum == 0 ? 0.f : 1 / sum, x, lane);  // no branch: the compiler must not think that lanes part here
 #endif
   UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) store_element<OUT_TYPE>(p.out, row * D + 32 * e + lane, x[e]);
   if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
@@ -801,7 +812,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     int step = now.s0 + warp;
     u32 next[PAGES];
     now.page_ids(step + NB, next);
-    put_queries(p, now.k, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+    put_queries(p, now.k, now.s1 == now.steps, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
     if (threadIdx.x == 0) sh.place = place;  // rather than in registers during the steps
     __syncthreads();
     Query q;

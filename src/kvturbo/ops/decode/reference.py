@@ -61,7 +61,9 @@ def decode(
         result, part = attend(query, k, v, scale=scale, mask=mask, soft_cap=soft_cap, sinks=sinks)
         parts = [(_turn(result, fmt.seed, unrotate) if v_rotated else result, part)]
         if recent is not None and raw[b]:
-            k, v = recent.rows[int(recent.slots[b])].transpose(0, 2)[torch.arange(split, length) % recent.size].unbind(1)
+            k, v = (
+                recent.rows[int(recent.slots[b])].transpose(0, 2)[torch.arange(split, length) % recent.size].unbind(1)
+            )
             mask = causal_mask(count, split, length, **sees)
             parts.append(attend(q[rows], k, v, scale=scale, mask=mask, soft_cap=soft_cap))
         result, lse[rows] = merge(parts)

@@ -22,6 +22,7 @@ from kvturbo.cuda.jit import current_stream
 from kvturbo.layout import PageLayout
 from kvturbo.ops import triton_common as common
 from kvturbo.ops.checks import MAX_Q_LEN
+from kvturbo.ops.recent import Recent
 from kvturbo.ops.schedule import BLOCK, Schedule, plan
 from kvturbo.ops.sharing import SharedSchedules
 from kvturbo.ops.triton_common import (
@@ -160,14 +161,15 @@ def _both_halves(x, R: tl.constexpr, N: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["batch", "num_rows", "stride_page", "stride_table", "window", "soft_cap"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "seq_starts", "blocks", "rows"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "seq_starts", "recent_counts", "blocks", "rows"],
 )
 def _attend(
-    q, pages, block_table, seq_lens, seq_starts, blocks, rows, part, part_stats,
+    q, pages, block_table, seq_lens, seq_starts, recent_counts, blocks, rows, part, part_stats,
     batch, num_rows, stride_page, stride_table, window, soft_cap,
     HQ: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr, KB: tl.constexpr,
+    HAS_RECENT: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, PACK: tl.constexpr, DV: tl.constexpr,
+    KB: tl.constexpr,
     VB: tl.constexpr, K_CODES: tl.constexpr, K_SIGNS: tl.constexpr, V_CODES: tl.constexpr, V_SIGNS: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, OUTLIERS: tl.constexpr, OUT_CODES: tl.constexpr,
     OUT_SCALE: tl.constexpr, PAGE_BYTES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
@@ -208,6 +210,9 @@ def _attend(
                 begin = tl.maximum(length - count - window + 1, 0)
             if HAS_STARTS:
                 begin = tl.maximum(begin, tl.load(seq_starts + b))
+            packed = length
+            if HAS_RECENT:
+                packed = length - tl.load(recent_counts + b)
             skip = begin // BLOCK - first_block
             m_row = row < count * G
             q_base = q + ((q_row + row // G) * HQ + head * G + row % G).to(tl.int64) * (PLACES + OUTLIERS)
@@ -222,7 +227,7 @@ def _attend(
             weight = tl.zeros((R,), tl.float32)
             for i in tl.range(here + skip, end + skip, num_stages=STAGES):
                 slot_position = i * BLOCK + j
-                m_slot = (slot_position < length) & (slot_position >= begin)
+                m_slot = (slot_position < packed) & (slot_position >= begin)
                 page = tl.load(table + slot_position // P, mask=m_slot, other=0).to(tl.int64)
                 base = heads + page * stride_page * 16
                 s = _key_products(queries, base + K_CODES, base + K_SIGNS, slot, U, SP, PACK, 8 // PACK, KB, D, P, DOT)
@@ -255,7 +260,7 @@ def _attend(
                 p = tl.where(is_high, high.to(DOT), rest.to(DOT))
 
                 octet_position = i * BLOCK + j_octet * 8
-                m_octet = (octet_position < length) & (octet_position + 8 > begin)
+                m_octet = (octet_position < packed) & (octet_position + 8 > begin)
                 page = tl.load(table + octet_position // P, mask=m_octet, other=0).to(tl.int64)
                 base = heads + page * stride_page * 16
                 acc = _value_products(
@@ -273,17 +278,50 @@ def _attend(
         b += 1
 
 
+@triton.jit
+def _load_newest(base, m_token, c, D: tl.constexpr):
+    """Channels c of raw vectors at pointers base [tokens], in fp32."""
+    return tl.load(base[:, None] + c[None, :], mask=m_token[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _newest_scores(q, keys, m_row, m_token, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Products of the queries at pointers q [rows] with the raw keys at pointers keys [tokens], in fp32: [rows, tokens]."""
+    s = tl.zeros((q.shape[0], keys.shape[0]), tl.float32)
+    for start in range(0, D, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        x = _load_newest(q, m_row, c, D)
+        s = tl.dot(x, tl.trans(_load_newest(keys, m_token, c, D)), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _all_finite(base, m_token, D: tl.constexpr, DV: tl.constexpr):
+    """Whether the raw vectors at pointers base [tokens] are finite: one of them must not vanish with a weight of 0."""
+    x = tl.abs(_load_newest(base, m_token, tl.arange(0, DV), D))
+    return tl.sum(tl.sum((x < float("inf")).to(tl.int32) - 1, 1), 0) == 0
+
+
 @triton.jit(
-    do_not_specialize=["batch", "workers", "split_rows", "stride_t", "stride_h", "factor"],
-    do_not_specialize_on_alignment=["blocks", "rows", "sinks", "out", "lse"],
-)
+    do_not_specialize=[
+        "q_stride_t", "q_stride_h", "window", "score_factor", "soft_cap", "batch", "workers", "split_rows", "stride_t", "stride_h",
+        "factor",
+    ],
+    do_not_specialize_on_alignment=[
+        "q", "recent_slots", "recent_counts", "seq_lens", "seq_starts", "blocks", "rows", "sinks", "out", "lse",
+    ],
+)  # fmt: skip
 def _merge(
+    q, recent, recent_slots, recent_counts, seq_lens, seq_starts, q_stride_t, q_stride_h, window, score_factor, soft_cap,
     part, part_stats, blocks, rows, sinks, matrix, out, lse, batch, workers, split_rows, stride_t, stride_h, factor,
     HQ: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr,
-    DOT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, RING: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One query and GT heads of a KV head's group: its splits merged, divided by their weight, un-rotated."""
+    """One query and GT heads of a KV head's group: its splits and its newest tokens merged, divided by their weight, un-rotated.
+
+    Up to `RING` they are the arguments of the newest tokens, which are raw: their values join behind the un-rotation.
+    """
     query = tl.program_id(0)
     TILES: tl.constexpr = (G + GT - 1) // GT
     head = tl.program_id(1) // TILES
@@ -325,29 +363,69 @@ def _merge(
         weight = weight * fade + tl.sum(weights * share, 0)
         acc = acc * fade[:, None] + tl.sum(parts * share[:, :, None], 0)
         top = new_top
+    ROWS: tl.constexpr = 16 if GT < 16 else GT
+    if GT < 16:  # the least that a matrix product takes everywhere
+        acc = tl.reshape(tl.broadcast_to(acc[None, :, :], (16 // GT, GT, DV)), (16, DV))
+        top = tl.reshape(tl.broadcast_to(top[None, :], (16 // GT, GT)), (16,))
+        weight = tl.reshape(tl.broadcast_to(weight[None, :], (16 // GT, GT)), (16,))
+    r = tl.arange(0, ROWS)
+    g_row = tl.program_id(1) % TILES * GT + r % GT
+    m_row = (r < GT) & (g_row < G)
+    if RING > 0:
+        length = tl.load(seq_lens + b)
+        packed = length - tl.load(recent_counts + b)
+        position = length - 1
+        if HAS_ROWS:
+            position += 1 + i_query - (tl.load(rows + b + 1) - tl.load(rows + b))
+        begin = 0
+        if HAS_WINDOW:
+            begin = tl.maximum(position - window + 1, 0)
+        if HAS_STARTS:
+            begin = tl.maximum(begin, tl.load(seq_starts + b))
+        i_token = tl.arange(0, 16 if RING < 16 else RING)
+        at = packed + i_token
+        m_token = (i_token < RING) & (at >= begin) & (at <= position) & real
+        vector = (tl.load(recent_slots + b).to(tl.int64) * HKV + head) * (2 * RING)
+        keys = recent + (vector + at % RING) * D
+        q_base = q + query.to(tl.int64) * q_stride_t + (head * G + g_row) * q_stride_h
+        s = _newest_scores(q_base, keys, g_row < G, m_token, D, CHUNK) * score_factor
+        s = tl.where(tl.abs(s) == float("inf"), float("nan"), s)
+        if HAS_CAP:
+            s = soft_cap * (1 - 2 / (tl.exp2(s * (2 / soft_cap * 1.4426950408889634)) + 1)) * 1.4426950408889634
+        s = tl.where(m_token[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade = tl.exp2(top - shift)
+        newest = tl.exp2(s - shift[:, None])
+        weight = weight * fade + tl.sum(newest, 1)
+        acc = acc * fade[:, None]
+        top = new_top
     if HAS_SINKS:
-        sink = tl.load(sinks + head * G + g, mask=m_head, other=float("-inf")) * 1.4426950408889634
+        sink = tl.load(sinks + head * G + g_row, mask=g_row < G, other=float("-inf")) * 1.4426950408889634
         new_top = tl.maximum(top, sink)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         fade = tl.exp2(top - shift)
         weight = weight * fade + tl.exp2(sink - shift)
         acc = acc * fade[:, None]
+        if RING > 0:
+            newest = newest * fade[:, None]
         top = new_top
     shift = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(lse + query * HQ + head * G + g, (shift + tl.log2(weight)) * 0.6931471805599453, mask=m_head)
-    acc = acc * (factor / tl.where(weight == 0.0, 1.0, weight))[:, None]
-    ROWS: tl.constexpr = 16 if GT < 16 else GT
-    if GT < 16:
-        acc = tl.reshape(tl.broadcast_to(acc[None, :, :], (16 // GT, GT, DV)), (16, DV))
-    r = tl.arange(0, ROWS)
-    g_row = tl.program_id(1) % TILES * GT + r
-    m_row = (r < GT) & (g_row < G)
+    tl.store(lse + query * HQ + head * G + g_row, (shift + tl.log2(weight)) * 0.6931471805599453, mask=m_row)
+    weight = tl.where(weight == 0.0, 1.0, weight)
+    acc = acc * (factor / weight)[:, None]
+    if RING > 0:
+        newest = newest / weight[:, None]
+        newest = tl.where(_all_finite(keys + RING * D, m_token, D, DV), newest, float("nan"))
     target = out + query.to(tl.int64) * stride_t + (head * G + g_row) * stride_h
     for start in range(0, D, CHUNK):
         c = start + tl.arange(0, CHUNK)
         m_matrix = (column < D)[:, None] & (c < D)[None, :]
         b_matrix = tl.load(matrix + column[:, None] * D + c[None, :], mask=m_matrix, other=0.0).to(DOT)  # [DV, CHUNK]
         y = exact_dot(acc, b_matrix, tl.zeros((ROWS, CHUNK), tl.float32), DOT)
+        if RING > 0:
+            v = _load_newest(keys + RING * D, m_token, c, D)
+            y = tl.dot(newest, v, y, input_precision="ieee")
         tl.store(target[:, None] + c[None, :], y.to(out.dtype.element_ty), mask=m_row[:, None] & (c < D)[None, :])
 
 
@@ -394,6 +472,7 @@ def warmup(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: bool = False,
+    ring_size: int = 0,
 ) -> None:
     """Compiles and loads what `decode` launches for such pages and queries of `dtype`, whatever the batch.
 
@@ -401,17 +480,25 @@ def warmup(
         max_q_len: of the schedules to come with q_lens; None for calls without q_lens.
         seq_starts, sinks: whether calls have them.
         window, soft_cap: as in the calls; only whether they are None matters.
+        ring_size: tokens of a ring of the calls' `recent`; 0 for calls without.
     """
     pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
     for batch in (1, -(-SPREAD_BELOW // num_kv_heads)):
         q = torch.zeros(batch, num_q_heads, fmt.head_dim, dtype=dtype, device=device)
         lens = torch.zeros(batch, dtype=torch.int32, device=device)
         q_lens, starts = None if max_q_len is None else lens, lens if seq_starts else None
-        schedule = plan(lens, q_lens=q_lens, seq_starts=starts, window=window, max_q_len=max_q_len or 1)
+        recent = None
+        if ring_size:
+            rows = torch.zeros(1, num_kv_heads, 2, ring_size, fmt.head_dim, dtype=dtype, device=device)
+            recent = Recent(rows, lens, lens)
+        schedule = plan(
+            lens, q_lens=q_lens, seq_starts=starts, window=window, recent_counts=recent and recent.counts,
+            max_q_len=max_q_len or 1,
+        )  # fmt: skip
         decode(
             q, pages, lens[:, None], lens, torch.empty_like(q), fmt=fmt, scale=1.0, q_lens=q_lens, seq_starts=starts,
             window=window, soft_cap=soft_cap, sinks=torch.zeros(num_q_heads, device=device) if sinks else None,
-            outlier_channels=channels, schedule=schedule,
+            outlier_channels=channels, recent=recent, schedule=schedule,
         )  # fmt: skip
 
 
@@ -430,29 +517,33 @@ def decode(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     outlier_channels: Tensor | None = None,
+    recent: Recent | None = None,
     schedule: Any = None,
 ) -> Tensor:
     """See `kvturbo.ops.decode`; writes into out and returns lse. Computes in fp32. Memory: `workspace_bytes`.
 
     Raises:
         TypeError: schedule is not a `kvturbo.ops.schedule.Schedule`.
-        ValueError: the schedule does not fit the call, or pages are not aligned to 16 bytes.
+        ValueError: the schedule does not fit the call, or pages or rings are not aligned to 16 bytes.
     """
     common.check_pages(pages)
+    if recent is not None:
+        common.check_rings("recent.rows", recent.rows)
     batch, (num_queries, num_heads) = seq_lens.shape[0], q.shape[:2]
     lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=q.device)
     if not num_queries or not batch:
         out.zero_()
         lse.copy_(torch.full_like(lse, -torch.inf) if sinks is None else sinks.expand_as(lse))
         return lse.to(torch.promote_types(q.dtype, torch.float32))
-    schedule = _planned(schedule, seq_lens, q_lens, seq_starts, window, num_queries)
+    schedule = _planned(schedule, seq_lens, q_lens, seq_starts, window, recent, num_queries)
     seq_lens, seq_starts, sinks, outlier_channels = common.contiguous(seq_lens, seq_starts, sinks, outlier_channels)
-    block_table = common.rows_contiguous(block_table)
-    call = _Call(q, pages, fmt, schedule)
-    rotated = call.rotate(q, scale * (1.0 if soft_cap else LOG2E), outlier_channels)
-    part, stats = call.attend(rotated, pages, block_table, seq_lens, seq_starts, window, soft_cap)
+    recent = recent and Recent(recent.rows, *common.contiguous(recent.slots, recent.counts))
+    block_table, q = common.rows_contiguous(block_table), common.rows_contiguous(q)
+    call = _Call(q, pages, fmt, schedule, scale * (1.0 if soft_cap else LOG2E), window, soft_cap)
+    rotated = call.rotate(q, outlier_channels)
+    part, stats = call.attend(rotated, pages, block_table, seq_lens, seq_starts, recent)
     target = out if out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    call.merge(part, stats, sinks, target, lse)
+    call.merge(part, stats, q, seq_lens, seq_starts, recent, sinks, target, lse)
     if target is not out:
         out.copy_(target)
     return lse.to(torch.promote_types(q.dtype, torch.float32))
@@ -464,16 +555,20 @@ def _planned(
     q_lens: Tensor | None,
     seq_starts: Tensor | None,
     window: int | None,
+    recent: Recent | None,
     num_queries: int,
 ) -> Schedule:
+    counts = None if recent is None else recent.counts
     bound = min(MAX_Q_LEN, num_queries)
 
     def make(_: Schedule | None = None) -> Schedule:
-        return plan(seq_lens, q_lens=q_lens, seq_starts=seq_starts, window=window, max_q_len=bound)
+        return plan(
+            seq_lens, q_lens=q_lens, seq_starts=seq_starts, window=window, recent_counts=counts, max_q_len=bound
+        )
 
     device, shared = seq_lens.device, isinstance(schedule, SharedSchedules)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if schedule is None or (shared and capturing):
+    if schedule is None or (shared and (capturing or recent is not None)):  # shared plans don't know of rings
         return make()
     if shared:
         stream = current_stream(device.index) if device.type == "cuda" else 0
@@ -482,14 +577,24 @@ def _planned(
         return schedule.find(kind, *lens) or schedule.make(kind, *lens, make)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a kvturbo.ops.schedule.Schedule, got {type(schedule).__name__}")
-    schedule.check(seq_lens.shape[0], window, q_lens)
+    schedule.check(seq_lens.shape[0], window, q_lens, counts)
     return schedule
 
 
 class _Call:
-    """Sizes of one call, and its three launches."""
+    """Sizes of one call, and its three launches. score_factor: to base-2 logarithms, or what the soft cap takes."""
 
-    def __init__(self, q: Tensor, pages: Tensor, fmt: KVFormat, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        fmt: KVFormat,
+        schedule: Schedule,
+        score_factor: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        self.score_factor, self.window, self.soft_cap = score_factor, window, soft_cap
         self.fmt, self.schedule, self.device = fmt, schedule, q.device
         self.constants = common.page_constants(fmt, PageLayout.page_size_of(fmt, pages.shape[2]))
         self.num_queries, self.num_heads, self.num_kv_heads = q.shape[0], q.shape[1], pages.shape[1]
@@ -508,9 +613,8 @@ class _Call:
             "DOT": common.DOT,
         }
 
-    def rotate(self, q: Tensor, factor: float, outlier_channels: Tensor | None) -> Tensor:
-        q = common.rows_contiguous(q)
-        fmt = self.fmt
+    def rotate(self, q: Tensor, outlier_channels: Tensor | None) -> Tensor:
+        fmt, factor = self.fmt, self.score_factor
         places = 32 * self.constants["SP"]
         dtype = torch.float32 if common.INTERPRETED else torch.bfloat16
         rows = self.num_queries * self.num_heads
@@ -532,30 +636,48 @@ class _Call:
         block_table: Tensor,
         seq_lens: Tensor,
         seq_starts: Tensor | None,
-        window: int | None,
-        soft_cap: float | None,
+        recent: Recent | None,
     ) -> tuple[Tensor, Tensor]:
         splits = (self.workers + self.batch) * self.num_kv_heads * self.tiles * self.half
         part = torch.empty(splits, self.fmt.head_dim, dtype=torch.float32, device=self.device)
         stats = torch.empty(splits, 2, dtype=torch.float32, device=self.device)
         _attend[(self.workers, self.num_kv_heads, self.tiles)](
-            rotated, pages, block_table, seq_lens, seq_starts, self.schedule.blocks, self.schedule.rows, part, stats,
-            self.batch, rotated.shape[1], pages.stride(0) // 16, block_table.stride(0), window or 0, float(soft_cap or 0.0),
-            R=2 * self.half, BLOCK=BLOCK, HAS_STARTS=seq_starts is not None, HAS_WINDOW=window is not None,
-            HAS_CAP=soft_cap is not None, PAGE_BYTES=pages.shape[2], STAGES=2, num_warps=4,
+            rotated, pages, block_table, seq_lens, seq_starts, recent and recent.counts, self.schedule.blocks, self.schedule.rows,
+            part, stats, self.batch, rotated.shape[1], pages.stride(0) // 16, block_table.stride(0), self.window or 0,
+            float(self.soft_cap or 0.0), R=2 * self.half, BLOCK=BLOCK, HAS_STARTS=seq_starts is not None,
+            HAS_WINDOW=self.window is not None, HAS_CAP=self.soft_cap is not None, HAS_RECENT=recent is not None,
+            PAGE_BYTES=pages.shape[2], STAGES=2, num_warps=4,
             **self.shared, **self.constants, **_register_limit(self.device, self.per_processor),
         )  # fmt: skip
         return part, stats
 
-    def merge(self, part: Tensor, stats: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    def merge(
+        self,
+        part: Tensor,
+        stats: Tensor,
+        q: Tensor,
+        seq_lens: Tensor,
+        seq_starts: Tensor | None,
+        recent: Recent | None,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
         fmt = self.fmt
+        newest: tuple[Any, ...] = (None,) * 6 + (0, 0, 0, 0.0, 0.0)
+        if recent is not None:
+            numbers = q.stride(0), q.stride(1), self.window or 0, self.score_factor, float(self.soft_cap or 0.0)
+            newest = (q, *recent, seq_lens, seq_starts, *numbers)
         spread = self.num_queries * self.num_kv_heads < SPREAD_BELOW
         heads = 1 if spread else triton.next_power_of_2(self.group)
         matrix = common.rotation_matrix(fmt.head_dim, fmt.seed, "v", fmt.v.rotate, self.device)
         unit = common.UNITS[self.constants["VB"]] * common.norm(fmt.head_dim, fmt.v.rotate)
         _merge[(self.num_queries, self.num_kv_heads * -(-self.group // heads))](
-            part, stats, self.schedule.blocks, self.schedule.rows, sinks, matrix, out, lse,
+            *newest, part, stats, self.schedule.blocks, self.schedule.rows, sinks, matrix, out, lse,
             self.batch, self.workers, self.tiles * self.half, out.stride(0), out.stride(1), unit,
-            GT=heads, SPLITS=max(1, 16 // heads), HAS_SINKS=sinks is not None, D=fmt.head_dim, DV=self.constants["DV"],
-            CHUNK=64, num_warps=4, **self.shared,
+            GT=heads, SPLITS=max(1, 16 // heads), HAS_SINKS=sinks is not None,
+            RING=0 if recent is None else recent.size, HAS_STARTS=newest[5] is not None,
+            HAS_WINDOW=recent is not None and self.window is not None, HAS_CAP=recent is not None and self.soft_cap is not None,
+            D=fmt.head_dim, DV=self.constants["DV"],
+            CHUNK=64, num_warps=4, **self.shared, **({} if recent is None else {"num_stages": 2}),  # shared memory is short
         )  # fmt: skip

@@ -70,8 +70,16 @@ def _kernel(fmt: KVFormat, page_bytes: int, dtype: torch.dtype, device: torch.de
     return Kernel(compiled(variant.source(), arch_of(device), variant.macros()), "store", device)
 
 
-def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compiles and loads the kernel that stores keys and values of a dtype, whatever the number of heads.
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ring_size: int = 0,
+) -> None:
+    """Compiles and loads the kernel that stores keys and values of a dtype, whatever the number of heads and with or without rings.
 
     Raises:
         KeyError: dtype is not bf16, fp16 or fp32.

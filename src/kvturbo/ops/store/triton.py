@@ -420,11 +420,23 @@ def _store(
         )  # fmt: skip
 
 
-def warmup(fmt: KVFormat, *, num_kv_heads: int, page_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Compiles and loads what `store` launches for such pages and keys and values of `dtype`."""
+def warmup(
+    fmt: KVFormat,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ring_size: int = 0,
+) -> None:
+    """Compiles and loads what `store` launches for such pages and keys and values of `dtype`; with ring_size for rings too."""
     pages, channels = common.scratch_pages(fmt, page_size, num_kv_heads, device)
     k, v = torch.zeros(2, 1, num_kv_heads, fmt.head_dim, dtype=dtype, device=device)
-    store(k, v, pages, torch.full((1,), -1, device=device), fmt=fmt, outlier_channels=channels)
+    none = torch.full((1,), -1, device=device)
+    store(k, v, pages, none, fmt=fmt, outlier_channels=channels)
+    if ring_size:
+        rows = torch.zeros(1, num_kv_heads, 2, ring_size, fmt.head_dim, dtype=dtype, device=device)
+        store(k, v, pages, none, fmt=fmt, outlier_channels=channels, recent_rows=rows, recent_slots=none)
 
 
 def store(
@@ -445,7 +457,10 @@ def store(
         ValueError: pages or recent_rows are not aligned to 16 bytes.
     """
     common.check_pages(pages)
-    common.check_rings("recent_rows", recent_rows)
+    if recent_rows is not None:
+        if recent_rows.dtype == torch.float64:
+            raise TypeError(f"recent_rows must be bf16, fp16 or fp32 for the triton backend, got {recent_rows.dtype}")
+        common.check_rings("recent_rows", recent_rows)
     tokens, heads = k.shape[:2]
     if not tokens:
         return
