@@ -27,7 +27,7 @@ struct Params {
   const i64* stored;                             // slots of the pages by token, -1: not stored
   int* ring_of_block;                            // [blocks]
   int *owners, *next, *first, *used;             // [rings][2], then [rings]
-  int* clock;                                    // steps so far
+  int* clock;                                    // steps so far, and tokens of the last one
   int *slots, *counts;                           // [most]: a row's ring or -1, how many of its newest tokens are read from there
   i64* token_slots;                              // [tokens]: ring * size + position % size, -1: not stored in a ring
   int table_stride, batch, most, tokens, rings, size, block;
@@ -69,13 +69,14 @@ __device__ int rank_of(bool yes, int* warps, int& sum) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) rings(const Params p) {
   __shared__ int claims[MAX_RINGS], free_rings[MAX_RINGS], warps[THREADS / 32];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, now = *p.clock + 1;
-  for (int i = thread; i < p.tokens; i += THREADS) p.token_slots[i] = -1;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int now = p.clock[0] + 1, tokens = p.q_starts[p.batch], written = min(p.tokens, max(tokens, p.clock[1]));
+  for (int i = thread; i < written; i += THREADS) p.token_slots[i] = -1;
   for (int i = thread; i < p.most; i += THREADS) { p.slots[i] = -1; p.counts[i] = 0; }
   for (int i = thread; i < p.rings; i += THREADS) claims[i] = NOBODY;
   __syncthreads();
 
-  if (thread == 0) *p.clock = now;
+  if (thread == 0) { p.clock[0] = now; p.clock[1] = tokens; }
   for (int b = thread; b < p.batch; b += THREADS) {
     const Row row = row_of(p, b);
     const int ring = row.tokens ? ring_of(p, b, row) : -1;

@@ -178,7 +178,7 @@ class Rings:
         never = -(1 << 30)
         self._state = {
             "ring_of_block": ints(blocks, value=-1), "owners": ints(plan.count, 2, value=-1), "next": ints(plan.count),
-            "first": ints(plan.count), "used": ints(plan.count, value=never), "clock": ints(1),
+            "first": ints(plan.count), "used": ints(plan.count, value=never), "clock": ints(2),
         }  # fmt: skip
         tensors = self._state | {"slots": self.slots, "counts": self.counts, "token_slots": self.token_slots}
         self._parameters = _Params(
