@@ -207,7 +207,8 @@ class Engine:
                 num_reqs=len(table), num_actual_tokens=len(slots), slot_mapping=torch.tensor(slots, device=device),
                 block_table_tensor=torch.tensor(blocks, dtype=torch.int32, device=device),
                 seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device), query_start_loc=starts.to(device),
-            )
+            ),
+            self.load.blocks,
         )  # fmt: skip
 
     def _dummy_run(self) -> None:
@@ -300,4 +301,4 @@ def engine_of(
 ) -> Engine:
     """An engine with so many rings of so many tokens, on a device."""
     most, tokens = load.sequences + 3, load.budget + 16
-    return Engine(Rings(Plan(size, count), load.blocks, load.block, most, tokens, device, launch), load, seed)
+    return Engine(Rings(Plan(size, count), load.block, most, tokens, device, launch), load, seed)

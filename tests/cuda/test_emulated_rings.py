@@ -81,7 +81,7 @@ class Rows:
     """Steps by hand: rows are (blocks, length, new tokens), blocks of 16 tokens."""
 
     def __init__(self, launch: Launch, count: int = 2, size: int = 16) -> None:
-        self.rings = Rings(Plan(size, count), 20, 16, 4, 64, torch.device("cpu"), launch)
+        self.rings = Rings(Plan(size, count), 16, 4, 64, torch.device("cpu"), launch)
 
     def __call__(self, *rows: tuple[list[int], int, int]) -> tuple[list[int], list[int]]:
         """Rings and counts of the rows after a step."""
@@ -92,7 +92,8 @@ class Rows:
                 block_table_tensor=torch.tensor([blocks + [0] * (6 - len(blocks)) for blocks, _, _ in rows]).int(),
                 seq_lens=torch.tensor([length for _, length, _ in rows]).int(),
                 query_start_loc=torch.tensor([0, *tokens]).cumsum(0).int(),
-            )
+            ),
+            20,
         )  # fmt: skip
         return self.rings.slots.tolist()[: len(rows)], self.rings.counts.tolist()[: len(rows)]
 
@@ -155,4 +156,4 @@ def test_batches_and_tensors_that_the_kernel_can_not_read_are_refused(few: Launc
         block_table_tensor=torch.ones(1, 6).int(), query_start_loc=torch.tensor([0, 1]).int(),
     )  # fmt: skip
     with pytest.raises(ValueError, match="stored must be torch.int64 on cpu in rows without gaps, got torch.int32"):
-        step.rings.update(wrong)
+        step.rings.update(wrong, 20)

@@ -376,3 +376,13 @@ def test_rings_are_there_when_memory_is_measured(with_rings: None) -> None:
     rows = engine.impl._ring_rows
     assert rows.shape == (5, 2, 2, 16, 128) and rows.dtype == torch.bfloat16
     assert engine.impl.ring_bytes(engine.layer) == rows.nbytes == 5 * 2 * 2 * 16 * 128 * 2
+
+
+@needs_gxx
+def test_what_graphs_hold_is_there_before_the_first_step_and_stays(with_rings: None) -> None:
+    engine = Engine()
+    held = engine.impl._rings.token_slots.data_ptr(), engine.impl._ring_rows.data_ptr()
+    assert (engine.impl._rings.token_slots == -1).all()
+    engine.step([(0, 40)])
+    engine.step([(0, 1), (1, 7)])
+    assert held == (engine.impl._rings.token_slots.data_ptr(), engine.impl._ring_rows.data_ptr())

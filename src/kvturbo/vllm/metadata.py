@@ -170,7 +170,8 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
                 f"kvturbo: attention that is not causal is not supported (causal={common_attn_metadata.causal}); use "
                 "--kv-cache-dtype auto"
             )
-        self._give_rings(common_attn_metadata)
+        if self._rings is not None:
+            self._rings.update(common_attn_metadata, len(self.layers[0].kv_cache))
         decodes, prompts, decode_tokens, _ = split_decodes_and_prefills(
             common_attn_metadata, decode_threshold=self.max_q_len
         )
@@ -202,28 +203,18 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule, slots, counts)
 
     def _prepare_rings(self, local: bool, most: int, vllm_config: Any) -> None:
-        """What `Rings` will be made of, once the cache is there; its kernel is compiled now."""
+        """Layers have them from now on, since graphs may be captured before there is a step."""
         plans = {layer.impl.ring_plan(layer) for layer in self.layers}
         self._ring_plan = rings.Plan() if local or len(plans) > 1 else plans.pop()
         self._rings: rings.Rings | None = None
-        for layer in self.layers:
-            layer.impl.use_rings(None)
         if self._ring_plan.count:
             captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-            self._batch = most, max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
-            self._launch = rings.kernel_on(self.device)
-
-    def _give_rings(self, common: CommonAttentionMetadata) -> None:
-        if not self._ring_plan.count:
-            return
-        if self._rings is None:
+            tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
             self._rings = rings.Rings(
-                self._ring_plan, len(self.layers[0].kv_cache), self.kv_cache_spec.block_size, *self._batch, self.device,
-                self._launch,
-            )  # fmt: skip
-            for layer in self.layers:
-                layer.impl.use_rings(self._rings)
-        self._rings.update(common)
+                self._ring_plan, self.kv_cache_spec.block_size, most, tokens, self.device, rings.kernel_on(self.device)
+            )
+        for layer in self.layers:
+            layer.impl.use_rings(self._rings)
 
 
 def _prompt_rows(

@@ -123,6 +123,7 @@ Launch = Callable[[Parameters], None]
 @lru_cache(maxsize=8)
 def kernel_on(device: torch.device) -> Launch:
     """The kernel, compiled and loaded; it runs on the device's current stream."""
+    device = torch.empty(0, device=device).device  # with its index
     kernel = Kernel(compiled(SOURCE.read_text(), arch_of(device), {}), "rings", device)
     return partial(_launch, kernel, device.index)
 
@@ -145,11 +146,11 @@ class _Params(Parameters):
 
 
 class Rings:
-    """Who has which ring. Its tensors live as long as it does: captured graphs hold their addresses.
+    """Who has which ring. Its public tensors are there from the start and live as long as it does: captured graphs hold their
+    addresses.
 
     Args:
         plan: size and number.
-        blocks: blocks of the cache, as the block table numbers them.
         block: tokens of a block.
         most: sequences of the largest batch.
         tokens: tokens of the largest batch, padding included.
@@ -163,21 +164,16 @@ class Rings:
         token_slots: [tokens] int64, where each token of the step is stored: ring * size + position % size, -1 for nowhere.
     """
 
-    def __init__(
-        self, plan: Plan, blocks: int, block: int, most: int, tokens: int, device: torch.device, launch: Launch
-    ) -> None:
-        if not blocks:
-            raise ValueError("kvturbo: a step before the cache is there")
-
+    def __init__(self, plan: Plan, block: int, most: int, tokens: int, device: torch.device, launch: Launch) -> None:
         def ints(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         self.size, self.slots, self.counts = plan.size, ints(most, value=-1), ints(most)
         self.token_slots = ints(tokens, value=-1, dtype=torch.int64)
-        self._launch, self._device = launch, device
+        self._launch, self._device, self._ring_of_block = launch, self.slots.device, ints(0)
         never = -(1 << 30)
         self._state = {
-            "ring_of_block": ints(blocks, value=-1), "owners": ints(plan.count, 2, value=-1), "next": ints(plan.count),
+            "owners": ints(plan.count, 2, value=-1), "next": ints(plan.count),
             "first": ints(plan.count), "used": ints(plan.count, value=never), "clock": ints(2),
         }  # fmt: skip
         tensors = self._state | {"slots": self.slots, "counts": self.counts, "token_slots": self.token_slots}
@@ -186,11 +182,12 @@ class Rings:
             most=most, tokens=tokens, rings=plan.count, size=plan.size, block=block,
         )  # fmt: skip
 
-    def update(self, common: Any) -> None:
+    def update(self, common: Any, blocks: int) -> None:
         """Gives the rows of a step their rings, on the device; before its tokens are stored.
 
         Args:
             common: vLLM's CommonAttentionMetadata.
+            blocks: of the cache, as the block table numbers them.
 
         Raises:
             ValueError: the batch is larger than was said, or a tensor is not what the kernel reads.
@@ -212,5 +209,8 @@ class Rings:
                     f"{x.stride()}; turn rings off with {_OFF}"
                 )
             setattr(self._parameters, name, x.data_ptr())
+        if len(self._ring_of_block) != blocks:  # at the first step: builders are made before the cache
+            self._ring_of_block = torch.full((blocks,), -1, dtype=torch.int32, device=self._device)
+            self._parameters.ring_of_block = self._ring_of_block.data_ptr()
         self._parameters.table_stride, self._parameters.batch = common.block_table_tensor.stride(0), rows
         self._launch(self._parameters)
