@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernel_checks import check_not_finite, check_pages, check_store, mixed_slots, random_pages, vectors
+from kernel_checks import (
+    check_not_finite,
+    check_pages,
+    check_recent_copies,
+    check_store,
+    mixed_slots,
+    random_pages,
+    vectors,
+)
 from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES
 from kvturbo.ops.store import cuda as store
@@ -42,6 +50,14 @@ def test_codes_of_a_long_prefill_are_the_references(span: int, name: str, head_d
     fmt = KVFormat.from_name(name, head_dim)
     slots = torch.randperm(40)[:32].repeat_interleave(page_size) * page_size + torch.arange(page_size).repeat(32)
     check_store(store.store, fmt, page_size, slots[3:-2], *vectors(fmt, len(slots) - 5, 4), DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name,head_dim,page_size", [("k4v4", 128, 32), ("k3v3-o16", 80, 16), ("k8v4", 192, 64)])
+def test_tokens_are_copied_into_rings(span: int, name: str, head_dim: int, page_size: int, dtype: torch.dtype) -> None:
+    fmt, slots = KVFormat.from_name(name, head_dim, seed=1), mixed_slots(page_size)
+    k, v = (x.to(dtype) for x in vectors(fmt, len(slots), 3))
+    check_recent_copies(store.store, fmt, page_size, slots, k, v, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

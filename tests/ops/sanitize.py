@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, RECENT_CASES, SCALE, Case, reference, rings
 
-from kernel_checks import check_gather, check_store, mixed_slots, rotations, vectors
+from kernel_checks import check_gather, check_recent_copies, check_store, mixed_slots, rotations, vectors
 from kvturbo import KVFormat
 from kvturbo.ops import backends, decode, gather, schedule, store
 from kvturbo.ops.decode import cuda as cuda_decode
@@ -124,6 +124,7 @@ class Checks:
             slots = mixed_slots(page_size)
             k, v = (x.to(dtype) for x in vectors(fmt, len(slots), HEADS))
             check_store(run, fmt, page_size, slots, k, v, self.device)
+            check_recent_copies(run, fmt, page_size, slots, k, v, self.device)
         finally:
             cuda_store._MOST_SINGLE = most
         return f"{2 * HEADS * len(slots)} vectors"

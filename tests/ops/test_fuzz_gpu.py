@@ -101,5 +101,6 @@ def test_any_call_agrees_with_float64(backend: str, seed: int) -> None:
         try:
             check(part, q, backend, **options)
         except AssertionError as error:
-            shape = f"{cache.fmt.name} head_dim {cache.fmt.head_dim} group {group}, lengths {part.seq_lens.tolist()}, {shown(options)}"
+            lengths = part.seq_lens.tolist()
+            shape = f"{cache.fmt.name} head_dim {cache.fmt.head_dim} group {group}, lengths {lengths}, {shown(options)}"
             raise AssertionError(f"seed {seed} call {number}: {error}; {shape}") from error

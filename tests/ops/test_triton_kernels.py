@@ -23,6 +23,7 @@ from kvturbo.codebook import CODEBOOKS
 from kvturbo.config import HEAD_DIMS
 from kvturbo.layout import bit_positions, word_order
 from kvturbo.ops import backends, decode
+from kvturbo.ops.recent import Recent
 from kvturbo.ops.schedule import BLOCK, Schedule, plan
 from kvturbo.rotation import rotate
 from support import batch_of, ints
@@ -203,6 +204,25 @@ def test_misaligned_pages_are_refused() -> None:
     store = import_module("kvturbo.ops.store.triton").store
     with pytest.raises(ValueError, match="pages must start at a multiple of 16 bytes"):
         store(torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), pages, torch.tensor([0]), fmt=fmt)
+
+
+def test_rings_that_the_kernels_cannot_take_are_refused() -> None:
+    fmt = KVFormat.from_name("k4v4", 64)
+    batch = batch_of(fmt, [20], heads=1, device=DEVICE)
+    rows = torch.zeros(2 * 8 * 64 + 1, device=DEVICE)[1:].view(1, 1, 2, 8, 64)
+    k, slots, before = torch.zeros(1, 1, 64, device=DEVICE), torch.tensor([0], device=DEVICE), batch.pages.clone()
+    store, message = (
+        import_module("kvturbo.ops.store.triton").store,
+        "rows must start at a multiple of 16 bytes, got address 0x",
+    )
+    with pytest.raises(ValueError, match=message):
+        store(k, k, batch.pages, slots, fmt=fmt, recent_rows=rows, recent_slots=slots)
+    with pytest.raises(TypeError, match="bf16, fp16 or fp32 for the triton backend, got torch.float64"):
+        store(k.double(), k.double(), batch.pages, slots, fmt=fmt, recent_rows=rows.double(), recent_slots=slots)
+    recent = Recent(rows, ints([0], DEVICE), ints([1], DEVICE))
+    with pytest.raises(ValueError, match=message):
+        decode(k, batch.pages, batch.block_table, batch.seq_lens, fmt=fmt, scale=1.0, recent=recent, backend="triton")
+    assert torch.equal(before, batch.pages) and not rows.any()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")

@@ -15,7 +15,10 @@ from kvturbo.ops.recent import Recent, check_recent
 from kvturbo.ops.sharing import SharedSchedules
 
 Run = Callable[..., tuple[Tensor, Tensor]]
-"""Takes q, pages, block_table, seq_lens, out (or None), q_lens, seq_starts, sinks, outlier_channels, schedule, recent; returns out, lse."""
+"""Takes q, pages, block_table, seq_lens, out (or None), q_lens, seq_starts, sinks, outlier_channels, schedule, recent.
+
+Returns out, lse.
+"""
 _CHECKED: CheckedCalls[Run] = CheckedCalls()
 
 

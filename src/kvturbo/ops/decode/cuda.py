@@ -350,7 +350,7 @@ def prepare(
         q, pages, ...: of a call, as in `kvturbo.ops.decode`.
 
     Returns:
-        What runs calls with such tensors: takes the same ones, a schedule or None before the last; returns out, made if None, and lse.
+        What runs calls with such tensors: takes the same ones, a schedule or None before the last; returns out (made if None), lse.
 
     Raises:
         TypeError, ValueError: the kernel can't do it.

@@ -5,6 +5,9 @@
 // whole octet, and all tokens if span is 1 (few tokens: latency counts), follow one by one, 32 lanes each: the bits that the token owns are
 // put into their words by atomicXor((old ^ new) & mask), which neither reads nor changes what others own, in any order.
 //
+// A token with a place in a ring of raw keys and values (kvturbo.ops.recent) goes there as well, from the registers that its vector has been
+// loaded into. Its place is read together with the vector; without rings that is a test of a pointer and a branch per vector.
+//
 // The search. Neighbouring thresholds are further apart (factor 1.283 at least) than the smallest and the largest candidate scale (1.273).
 // So of an element's thresholds at most one lies between its codes for any two candidates. A table finds the magnitude at the largest scale;
 // one comparison per smaller scale tells whether it is the next one. The sums of <y,c> and <c,c> only need differences.
