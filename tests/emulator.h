@@ -183,6 +183,7 @@ static void __threadfence() {}
 static unsigned __cvta_generic_to_shared(const void* at) { return (unsigned)((const char*)at - dynamic_shared); }
 template <class T> static T __ldcg(const T* at) { return *at; }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
+static int __popc(unsigned x) { return __builtin_popcount(x); }
 static float __uint_as_float(unsigned x) { return as<float>(x); }
 static constexpr float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 static unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }

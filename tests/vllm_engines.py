@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 MODEL = Path(__file__).parents[1] / "models" / "kvturbo-12m"
 GAP = 0.13
 """A token may differ where the two best logits are closer than this: a bf16 logit between 16 and 32 has steps of 0.125."""
+MEAN_REGRET, WORST_REGRET = 0.02, 1.5
 PROMPT_TOKENS, NEW_TOKENS = 1500, 48
 CHUNK = 512
 MOVED = 0.15
@@ -40,6 +41,10 @@ def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     ids = tokenizer.encode((MODEL / "heldout.txt").read_text()[: 40 * count * tokens]).ids
     return [{"prompt_token_ids": ids[i * tokens : (i + 1) * tokens]} for i in range(count)]
+
+
+NO_RINGS = {"additional_config": {"kvturbo": {"recent": 0}}}
+"""Options of an engine that reads the newest tokens from pages too."""
 
 
 @contextmanager
@@ -170,6 +175,32 @@ def regrets(llm: Any, texts: list[Any], got: list[Text]) -> list[float]:
         for token, entry in zip(tokens, output.prompt_logprobs[-len(tokens) :], strict=True):
             values.append(max(x.logprob for x in entry.values()) - entry[token].logprob)
     return values
+
+
+def fewer_regrets_with_rings() -> str:
+    """2 bits, sequences that wait for others, graphs: the 16-bit cache likes the text better with rings than without."""
+    config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+    options = {"compilation_config": config, "enforce_eager": False, "max_num_batched_tokens": 8192, "max_num_seqs": 8}
+    texts, got = prompts(24, 512), {}
+    for size in (0, 32):
+        with engine("kvturbo_k2v2", additional_config={"kvturbo": {"recent": size}}, **options) as llm:
+            got[size] = generate(llm, texts)
+    with engine("auto", max_num_batched_tokens=8192) as llm:
+        found = {size: regrets(llm, texts, text) for size, text in got.items()}
+    means = {size: sum(values) / len(values) for size, values in found.items()}
+    assert means[32] < means[0], f"mean regret by tokens of a ring: {means}"
+    return f"mean regret {means[0]:.4f} without rings, {means[32]:.4f} with 32 tokens"
+
+
+def sensible(*runs: list[Text], texts: list[Any] | None = None) -> str:
+    """Raises unless the 16-bit cache, reading the same texts, would hardly have written anything else."""
+    texts = texts or prompts()
+    with engine("auto", max_num_batched_tokens=8192) as llm:
+        found = [value for got in runs for value in regrets(llm, texts[: len(got)], got)]
+    mean, worst, others = sum(found) / len(found), max(found), sum(value > 0 for value in found)
+    text = f"16 bits would write {others} of {len(found)} tokens otherwise, regret {mean:.4f}, largest {worst:.2f}"
+    assert mean < MEAN_REGRET and worst < WORST_REGRET, text
+    return text
 
 
 def close_losses(got: list[float], wanted: list[float], bound: float = 0.02) -> str:

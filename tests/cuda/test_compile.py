@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -17,9 +18,11 @@ from kvturbo.cuda.jit import compile_source
 from kvturbo.ops.decode import variants
 from kvturbo.ops.gather import cuda as gather
 from kvturbo.ops.store import cuda as store
+from kvturbo.vllm import rings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = (BF16, FP16, FP32)
+PLAIN = {"schedule": variants.FOLDER / "schedule.cu", "rings": rings.SOURCE}
 OTHER_ARCHITECTURES = ("sm_80", "sm_89", "sm_100a", "sm_120a")
 TOLERATED_SPILLS: dict[str, int] = {
     "sm_90a-decode-k4v3-112-32-float16-float16-16": 80,
@@ -34,11 +37,13 @@ class Source(Protocol):
     def macros(self) -> dict[str, int | str]: ...
 
 
-class Schedule:
-    """schedule.cu, which has no template values."""
+class Plain(NamedTuple):
+    """A kernel that has no template values."""
+
+    path: Path
 
     def source(self) -> str:
-        return (variants.FOLDER / "schedule.cu").read_text()
+        return self.path.read_text()
 
     def macros(self) -> dict[str, int | str]:
         return {}
@@ -66,8 +71,8 @@ class Kernel(NamedTuple):
         return KVFormat.from_name(self.name, self.head_dim)
 
     def variant(self) -> Source:
-        if self.operation == "schedule":
-            return Schedule()
+        if self.operation in PLAIN:
+            return Plain(PLAIN[self.operation])
         if self.operation == "decode":
             return variants.variant_for(self.fmt, self.page_size, self.dtype, self.out, self.rows)
         if self.operation == "store":
@@ -79,6 +84,7 @@ class Kernel(NamedTuple):
 
 KERNELS = (
     Kernel("schedule"),
+    Kernel("rings"),
     Kernel("decode"),
     Kernel("decode", "k4v3", 112, 32, FP16, FP16, 16),
     Kernel("decode", "k4v2", 64, 64, BF16, FP32),

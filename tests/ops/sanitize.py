@@ -37,6 +37,8 @@ from kvturbo.ops.decode import cuda as cuda_decode
 from kvturbo.ops.decode.variants import FEW_TASKS
 from kvturbo.ops.recent import Recent
 from kvturbo.ops.store import cuda as cuda_store
+from kvturbo.vllm.rings import kernel_on
+from ring_engine import LOADS, engine_of
 from support import Batch, batch_of, device_of, interpreted, ints, relative_error
 
 MAX_ERROR = 1e-2
@@ -103,6 +105,13 @@ class Checks:
         if self.backend == "cuda":
             long = [*LONG, *[1] * (FEW_TASKS // HEADS)]
             yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2, draws=True)
+            yield "vLLM's rings", self.give_rings
+
+    def give_rings(self) -> str:
+        engine = engine_of(kernel_on(self.device), LOADS["drafts"], seed=1, device=self.device)
+        for _ in range(40):
+            engine.step()
+        return f"{engine.seen['rows']} rows, {engine.seen['kept']} kept their ring"
 
     def store(self, fmt: KVFormat, page_size: int, dtype: torch.dtype, single: bool) -> str:
         def run(k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, **options: Any) -> None:

@@ -406,7 +406,8 @@ def test_the_line_at_the_start_names_what_is_packed() -> None:
     from kvturbo.vllm.report import layers_of, summary
 
     plan = planned(models.DENSE, kv_cache_dtype_skip_layers=["0", "5"])
-    line = summary(layers_of(plan.config), 64 << 20)
+    line = summary(layers_of(plan.config), 64 << 20, "no tokens are kept raw (why)")
     assert "k4v4 at head_dim 128, 132 bytes per token and KV head (512 in 16 bits)" in line
     assert "4 of 6 attention layers packed, 16 bits: 0,5 (skipped by flag)" in line
     assert f"hold {6 * 512 / (4 * 132 + 2 * 512):.2f} times the tokens" in line and "64 MiB" in line
+    assert line.endswith("; no tokens are kept raw (why)")

@@ -5,6 +5,7 @@ decoding, speculation and padding, against float64 attention over what the pages
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import vllm_models as models
+import vllm_rings
 import vllm_standin
 from support import attention_oracle, relative_error, through_codec
 from vllm_dense import flash, merge
@@ -41,6 +43,8 @@ class Engine:
         self.builder = builder(spec, names, self.config, torch.device("cpu"))
         self.page = spec.block_size
         self.cache = torch.full((BLOCKS, 2, self.page, spec.state_content_size_bytes), 0xFF, dtype=torch.uint8)
+        for name in names:
+            self.config.compilation_config.static_forward_context[name].kv_cache = self.cache
         self.table = torch.randperm(BLOCKS)[: 3 * WIDTH].view(3, WIDTH).int()
         self.k, self.v = ([torch.zeros(0, 2, 128) for _ in range(3)] for _ in range(2))
 
@@ -55,15 +59,21 @@ class Engine:
         self.impl.do_kv_cache_update(self.layer, k, v, self.cache, slots)
         out = torch.full_like(q, torch.nan)
         self.impl.forward(self.layer, q, k, v, self.cache, metadata, out)
-        errors, row = [], 0
-        for (sequence, count), length in zip(work, before, strict=True):
+        errors, row, self.recent = [], 0, self._recent(metadata, len(work))
+        for (sequence, count), length, recent in zip(work, before, self.recent, strict=True):
             rows = slice(row, row + count)
             self.k[sequence] = torch.cat((self.k[sequence], k[rows].float()))
             self.v[sequence] = torch.cat((self.v[sequence], v[rows].float()))
             decoded = count if metadata.prompts is None else min(count, max(0, metadata.prompts.first - row))
-            errors.append(relative_error(out[rows], self._wanted(q[rows], sequence, length, decoded)))
+            errors.append(relative_error(out[rows], self._wanted(q[rows], sequence, length, decoded, recent)))
             row += count
         return errors
+
+    @staticmethod
+    def _recent(metadata: Any, rows: int) -> list[int]:
+        """How many of each row's newest tokens are read from its ring."""
+        given = [] if metadata.decode is None or metadata.decode.counts is None else metadata.decode.counts.tolist()
+        return (given + [0] * rows)[:rows]
 
     def _slots(self, sequence: int, count: int) -> Tensor:
         positions = torch.arange(len(self.k[sequence]), len(self.k[sequence]) + count)
@@ -85,17 +95,19 @@ class Engine:
             block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=lens,
         )  # fmt: skip
 
-    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int) -> Tensor:
-        """Attention of rows after `before` tokens, of which so many were decoded: they see themselves packed."""
-        return self._attention(q, sequence, 0, before, before + len(q), raw=not decoded)
+    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int, recent: int) -> Tensor:
+        """Attention of rows after `before` tokens, of which so many were decoded: they see themselves packed, but for what is read
+        from a ring.
+        """
+        stop = before + len(q)
+        return self._attention(q, sequence, 0, before, stop, stop - recent if decoded else before)
 
-    def _attention(self, q: Tensor, sequence: int, start: int, before: int, stop: int, raw: bool) -> Tensor:
-        """Attention over tokens start..stop, the last of which, from `before` on, are the rows' own."""
+    def _attention(self, q: Tensor, sequence: int, start: int, before: int, stop: int, raw: int) -> Tensor:
+        """Attention over tokens start..stop, those from `raw` on as they came; from `before` on they are the rows' own."""
         sides = []
         for side, x in (("k", self.k[sequence]), ("v", self.v[sequence])):
             packed = through_codec(x, self.impl.fmt, side, self.impl._channels)  # type: ignore[arg-type]
-            mixed = torch.cat((packed[:before], x[before:].double())) if raw else packed
-            sides.append(mixed[start:stop])
+            sides.append(torch.cat((packed[:raw], x[raw:].double()))[start:stop])
         options = {"soft_cap": self.impl.soft_cap, "sinks": self.impl._sinks}
         return attention_oracle(q, *sides, scale=SCALE, first=before - start, **options)[0]  # type: ignore[arg-type]
 
@@ -119,12 +131,13 @@ class LocalEngine(Engine):
         backend = create_chunked_local_attention_backend(self.layer.get_attn_backend(), self.CHUNK)
         self.builder = backend.get_builder_cls()(local, self.builder.layer_names, self.config, torch.device("cpu"))
 
-    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int) -> Tensor:
+    def _wanted(self, q: Tensor, sequence: int, before: int, decoded: int, recent: int) -> Tensor:
+        assert not recent
         parts, position, last = [], before, before + len(q)
         while position < last:
             stop = min(last, (position // self.CHUNK + 1) * self.CHUNK)
             rows, start = q[position - before : stop - before], position // self.CHUNK * self.CHUNK
-            raw = position - before >= decoded
+            raw = position if position - before >= decoded else stop
             parts.append(self._attention(rows, sequence, start, position, stop, raw))
             position = stop
         return torch.cat(parts)
@@ -246,3 +259,130 @@ def test_a_quantised_output_is_refused() -> None:
     q = torch.randn(5, 4, 128).bfloat16()
     with pytest.raises(NotImplementedError, match="quantised attention outputs"):
         engine.impl.forward(engine.layer, q, q, q, engine.cache, None, q, output_scale=torch.ones(1))
+
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture
+def with_rings(monkeypatch: pytest.MonkeyPatch, _on_the_cpu: None) -> None:
+    vllm_rings.on_the_cpu(monkeypatch)
+
+
+@needs_gxx
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_decode_reads_the_newest_tokens_raw(with_rings: None, size: int) -> None:
+    engine = Engine("kvturbo_k2v2", additional_config={"kvturbo": {"recent": size}})
+    errors = engine.step([(0, 30), (1, 70)])
+    assert engine.recent == [0, 0], "prompts are raw anyway"
+    errors += engine.step([(1, 1), (0, 1), (2, 3)])
+    assert engine.recent == [size, min(size, 31), 0]
+    errors += engine.step([(2, 1), (0, 1), (1, 1)], padding=1)
+    assert engine.recent == [4, min(size, 32), size]
+    for _ in range(5):
+        errors += engine.step([(2, 1), (0, 1)])
+    errors += engine.step([(1, 1), (2, 1), (0, 40)])
+    assert engine.recent == [size, min(size, 10), 0]
+    errors += engine.step([(0, 1)])
+    assert engine.recent == [size]
+    assert max(errors) < BOUND, errors
+
+
+@needs_gxx
+def test_what_is_read_raw_shows(with_rings: None) -> None:
+    engine = Engine("kvturbo_k2v2")
+    engine.step([(0, 40)])
+    engine._recent = lambda metadata, rows: [0] * rows  # type: ignore[method-assign]
+    assert min(engine.step([(0, 1)])) > 5 * BOUND
+
+
+@needs_gxx
+@pytest.mark.parametrize("rejected", [0, 1, 3])
+def test_rejected_drafts_are_not_read_from_rings(with_rings: None, rejected: int) -> None:
+    engine = Engine(**_drafting())
+    errors = engine.step([(0, 40), (1, 31)])
+    for _ in range(6):
+        errors += engine.step([(0, 4), (1, 4)])
+        for side in (engine.k, engine.v) if rejected else ():
+            side[0], side[1] = side[0][:-rejected], side[1][:-rejected]
+    assert engine.recent == [16, 16]
+    assert max(errors) < BOUND, errors
+
+
+@needs_gxx
+def test_blocks_of_another_sequence_bring_no_ring_along(with_rings: None) -> None:
+    engine = Engine()
+    errors = engine.step([(0, 40)])
+    engine.table[1] = engine.table[0]
+    engine.k[0], engine.v[0] = engine.k[0][:0], engine.v[0][:0]
+    errors += engine.step([(1, 40)])  # in the same blocks, while the first one waits
+    errors += engine.step([(1, 1)])
+    assert engine.recent == [16]
+    assert max(errors) < BOUND, errors
+
+
+@needs_gxx
+def test_more_sequences_than_rings(with_rings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvturbo.vllm import rings
+
+    monkeypatch.setattr(rings, "MAX_RINGS", 1)
+    engine = Engine()
+    errors = engine.step([(0, 30), (1, 70)])
+    errors += engine.step([(1, 1), (0, 1)])
+    assert engine.recent == [0, 16]
+    assert max(errors) < BOUND, errors
+
+
+@needs_gxx
+def test_rings_of_outlier_formats_sinks_and_soft_caps(with_rings: None) -> None:
+    engine = Engine("kvturbo_k4v4-o16")
+    engine.impl.soft_cap, engine.impl._sinks = 2.0, torch.tensor([0.5, 3.0, -1.0, 6.0])
+    engine.impl._flash = flash(SCALE, 2.0)
+    engine.impl._prompts = None
+    errors = engine.step([(0, 30), (1, 70)])
+    errors += engine.step([(0, 1), (1, 50)])
+    assert engine.recent == [16, 0]
+    assert max(errors) < BOUND, errors
+
+
+@needs_gxx
+def test_local_attention_has_no_rings(with_rings: None) -> None:
+    engine = LocalEngine()
+    errors = engine.step([(0, 30), (1, 150)])
+    errors += engine.step([(0, 1), (1, 1)])
+    assert engine.recent == [0, 0] and max(errors) < BOUND
+
+
+@needs_gxx
+def test_a_capture_gives_no_rings_and_stores_into_none(with_rings: None) -> None:
+    engine = Engine()
+    engine.step([(0, 40)])
+    rows = engine.impl._ring_rows.clone()
+    common = dataclasses.replace(engine._common([(0, 1), (1, 1)], torch.full((2,), -1), 0))
+    metadata = engine.builder.build_for_cudagraph_capture(common)
+    assert metadata.decode.counts.tolist() == [0, 0]
+    k = torch.ones(2, 2, 128).bfloat16()
+    engine.impl.do_kv_cache_update(engine.layer, k, k, engine.cache, common.slot_mapping)
+    assert torch.equal(engine.impl._ring_rows, rows)
+    assert max(engine.step([(0, 1)])) < BOUND and engine.recent == [16]
+
+
+@needs_gxx
+def test_rings_are_there_when_memory_is_measured(with_rings: None) -> None:
+    engine = Engine(max_num_seqs=5)
+    engine.impl._ring_rows = None
+    q = torch.randn(5, 4, 128).bfloat16()
+    engine.impl.forward(engine.layer, q, q[:, :2], q[:, :2], torch.tensor([]), None, torch.zeros_like(q))
+    rows = engine.impl._ring_rows
+    assert rows.shape == (5, 2, 2, 16, 128) and rows.dtype == torch.bfloat16
+    assert engine.impl.ring_bytes(engine.layer) == rows.nbytes == 5 * 2 * 2 * 16 * 128 * 2
+
+
+@needs_gxx
+def test_what_graphs_hold_is_there_before_the_first_step_and_stays(with_rings: None) -> None:
+    engine = Engine()
+    held = engine.impl._rings.token_slots.data_ptr(), engine.impl._ring_rows.data_ptr()
+    assert (engine.impl._rings.token_slots == -1).all()
+    engine.step([(0, 40)])
+    engine.step([(0, 1), (1, 7)])
+    assert held == (engine.impl._rings.token_slots.data_ptr(), engine.impl._ring_rows.data_ptr())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from kvturbo import ops
 from kvturbo.layout import PageLayout
-from kvturbo.vllm import engine
+from kvturbo.ops.recent import Recent
+from kvturbo.vllm import engine, rings
 from kvturbo.vllm.channels import outlier_channels
 from kvturbo.vllm.formats import format_of
 from kvturbo.vllm.metadata import PackedMetadata
@@ -27,7 +29,7 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
 
     Raises:
         NotImplementedError: the layer asks for something that packed pages can't do; the message says what to use.
-        ValueError: the format does not exist for the head size.
+        ValueError: the format does not exist for the head size, or the size of rings that the user gives does not.
     """
 
     backend: ClassVar[str] = "cuda"
@@ -69,11 +71,26 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         self._shapes = Shapes(num_heads, self.num_kv_heads, head_size, config.model_config.dtype)
         self._flash = engine.flash_attention(head_size, scale, self.soft_cap)
         self._prompts: Prompts | None = None
+        self._ring_plan = rings.plan_of(config, self.backend)
+        self._ring_rows: Tensor | None = None
+        self._rings: rings.Rings | None = None
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of the memory that prompts need, which all layers share."""
         return self._shapes.nbytes()
+
+    def ring_plan(self, layer: Any) -> rings.Plan:
+        """The rings of the layer, an attention layer of vLLM, whose implementation this is."""
+        return rings.of_layer(layer, self._ring_plan)
+
+    def ring_bytes(self, layer: Any) -> int:
+        """Bytes of the layer's rings."""
+        return math.prod(self._ring_shape(layer)) * self._shapes.dtype.itemsize
+
+    def use_rings(self, given: rings.Rings | None) -> None:
+        """From now on steps store into rings, and decode reads from them, as `given` says; not at all if it is None."""
+        self._rings = given
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Sinks are weights: they are there now, and the kernels want them in fp32. Weights that are loaded again go into the same
@@ -88,20 +105,24 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         self._sinks.copy_(self._sink_weights.detach())
 
     def prepare(self, layer: Any, vllm_config: Any, device: torch.device) -> None:
-        """Called once the cache is set up and before any step: outlier channels, and memory for prompts."""
+        """Called once the cache is set up and before any step: outlier channels, memory for prompts, and rings."""
         if self.fmt.outliers and self._channels is None:
             self._channels = outlier_channels(layer, self.fmt, self.num_kv_heads, vllm_config).to(device)
         self._prompts_on(device).warm_up(self._shapes.dtype, device)
+        self._take_rings(layer, device)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Packs new keys and values into their slots; slot -1 skips. Arguments as vLLM's."""
+        """Packs new keys and values into their slots, and copies the newest of each sequence into its ring; slot -1 skips.
+        Arguments as vLLM's.
+        """
         count = len(slot_mapping)
         if count:
+            rows, slots = (None, None) if self._rings is None else (self._ring_rows, self._rings.token_slots[:count])
             ops.store(
-                key[:count], value[:count], self._pages(kv_cache), slot_mapping,
-                fmt=self.fmt, outlier_channels=self._channels, backend=self.backend,
+                key[:count], value[:count], self._pages(kv_cache), slot_mapping, fmt=self.fmt,
+                outlier_channels=self._channels, recent_rows=rows, recent_slots=slots, backend=self.backend,
             )  # fmt: skip
 
     def forward(
@@ -118,12 +139,13 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
     ) -> Tensor:
         """Attention of the step's rows: query [T, Hq, d], key and value [T, Hkv, d], output [T, Hq, d].
 
-        Without metadata (vLLM measures the memory it needs) it takes its workspace and returns 0.
+        Without metadata (vLLM measures the memory it needs) it takes its workspace and its rings and returns 0.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("kvturbo: quantised attention outputs are not supported; turn the fusion off")
         if attn_metadata is None:
             self._prompts_on(query.device).workspace()
+            self._take_rings(layer, query.device)
             return output.fill_(0)
         pages = self._pages(kv_cache)
         if attn_metadata.decode is not None:
@@ -138,13 +160,23 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         return output
 
     def _decode(self, query: Tensor, pages: Tensor, metadata: PackedMetadata, output: Tensor) -> None:
-        rows = metadata.decode
+        rows, recent = metadata.decode, None
         assert rows is not None
+        if self._ring_rows is not None and rows.slots is not None and rows.counts is not None:
+            recent = Recent(self._ring_rows, rows.slots, rows.counts)
         ops.decode(
             query[: rows.tokens], pages, rows.block_table, rows.seq_lens, fmt=self.fmt, scale=self.scale,
             q_lens=rows.q_lens, soft_cap=self.soft_cap, sinks=self._sinks, outlier_channels=self._channels,
-            schedule=rows.schedule, out=output[: rows.tokens], backend=self.backend,
+            recent=recent, schedule=rows.schedule, out=output[: rows.tokens], backend=self.backend,
         )  # fmt: skip
+
+    def _ring_shape(self, layer: Any) -> tuple[int, ...]:
+        plan = self.ring_plan(layer)
+        return plan.count, self.num_kv_heads, 2, plan.size, self.head_size
+
+    def _take_rings(self, layer: Any, device: torch.device) -> None:
+        if self._ring_rows is None and self.ring_plan(layer).count:
+            self._ring_rows = torch.zeros(self._ring_shape(layer), dtype=self._shapes.dtype, device=device)
 
     def _pages(self, kv_cache: Tensor) -> Tensor:
         """vLLM's view [blocks, heads, tokens, bytes per token] as pages [blocks, heads, page_bytes].

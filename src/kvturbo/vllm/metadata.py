@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from kvturbo.config import PAGE_SIZES
 from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.warmup import warmup
+from kvturbo.vllm import rings
 from kvturbo.vllm.prefill import PIECE_TOKENS, ROWS_AT_ONCE
 from kvturbo.vllm.report import report
 from kvturbo.vllm.schedules import Schedules
@@ -34,6 +35,7 @@ class DecodeRows:
         seq_lens: [B] int32.
         q_lens: [B] int32, or None for one row each.
         schedule: the plan of splits, or None where the backend has none.
+        slots, counts: [B] int32, each sequence's ring and how many of its newest tokens are read from there; None without rings.
     """
 
     tokens: int
@@ -41,6 +43,8 @@ class DecodeRows:
     seq_lens: Tensor
     q_lens: Tensor | None
     schedule: Any
+    slots: Tensor | None = None
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ class PackedMetadata:
 class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
     """Builds `PackedMetadata` from lengths that the host knows; the device's lengths are read on the device only.
 
-    What a full CUDA graph reads (lengths, block table, plan) lies in tensors that live as long as the engine; `build` refreshes the
-    plan before every replay.
+    What a full CUDA graph reads (lengths, block table, plan, rings) lies in tensors that live as long as the engine; `build`
+    refreshes the plan and who has which ring before every replay.
 
     Raises:
         ValueError: the engine would pad pages until nothing is saved, or there are more speculative tokens than the decode kernel
@@ -126,22 +130,22 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         for layer in self.layers:
             layer.impl.prepare(layer, vllm_config, device)
         most = vllm_config.scheduler_config.max_num_seqs
-        if getattr(
-            kv_cache_spec, "attention_chunk_size", None
-        ):  # local attention: a chunk may end within a sequence's new tokens
+        local = getattr(kv_cache_spec, "attention_chunk_size", None)
+        if local:  # a chunk may end within a sequence's new tokens
             most *= 2
+        self._prepare_rings(bool(local), most, vllm_config)
         dtype = vllm_config.model_config.dtype
         warmup(
             first.fmt, num_q_heads=first.num_heads, num_kv_heads=first.num_kv_heads, page_size=kv_cache_spec.block_size,
             dtype=dtype, device=device, max_q_len=self.max_q_len, backend=first.backend,
-            soft_cap=first.soft_cap, sinks=first.has_sinks,
+            soft_cap=first.soft_cap, sinks=first.has_sinks, ring_size=self._ring_plan.size,
         )  # fmt: skip
         self._q_lens = torch.zeros(most, dtype=torch.int32, device=device)
         self._schedules = None
         if first.backend == "cuda":
             self._schedules = Schedules(
                 first.fmt, kv_cache_spec.block_size, first.num_heads, first.num_kv_heads, dtype, most,
-                self.max_q_len, device,
+                self.max_q_len, device, self._ring_plan.size,
             )  # fmt: skip
         report(vllm_config)
 
@@ -155,7 +159,8 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PackedMetadata:
-        """The metadata of a step; refreshes the plan of splits on the current stream, without a synchronisation.
+        """The metadata of a step; gives out rings and refreshes the plan of splits on the current stream, without a
+        synchronisation.
 
         Raises:
             NotImplementedError: new tokens are to see those after them.
@@ -165,6 +170,8 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
                 f"kvturbo: attention that is not causal is not supported (causal={common_attn_metadata.causal}); use "
                 "--kv-cache-dtype auto"
             )
+        if self._rings is not None:
+            self._rings.update(common_attn_metadata, len(self.layers[0].kv_cache))
         decodes, prompts, decode_tokens, _ = split_decodes_and_prefills(
             common_attn_metadata, decode_threshold=self.max_q_len
         )
@@ -174,8 +181,11 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         )
 
     def update_draft_decode_metadata(self, metadata: PackedMetadata) -> None:
-        """Makes the plan again for lengths that have grown on the device; can be captured."""
+        """Makes the plan again for lengths that have grown on the device; can be captured. Only drafting layers need it, which have
+        no rings.
+        """
         rows = metadata.decode
+        assert rows is None or rows.counts is None, "rings are given out once per step"
         if rows is not None and rows.schedule is not None:
             rows.schedule.update(rows.seq_lens, rows.q_lens)
 
@@ -184,11 +194,27 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         if tokens != batch:
             q_lens = self._q_lens[:batch]
             torch.sub(common.query_start_loc[1 : batch + 1], common.query_start_loc[:batch], out=q_lens)
-        schedule = None
+        schedule = slots = counts = None
+        if self._rings is not None:
+            slots, counts = self._rings.slots[:batch], self._rings.counts[:batch]
         if self._schedules is not None:
             schedule = self._schedules.of(batch, tokens)
-            schedule.update(seq_lens, q_lens)
-        return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule)
+            schedule.update(seq_lens, q_lens, recent_counts=counts)
+        return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule, slots, counts)
+
+    def _prepare_rings(self, local: bool, most: int, vllm_config: Any) -> None:
+        """Layers have them from now on, since graphs may be captured before there is a step."""
+        plans = {layer.impl.ring_plan(layer) for layer in self.layers}
+        self._ring_plan = rings.Plan() if local or len(plans) > 1 else plans.pop()
+        self._rings: rings.Rings | None = None
+        if self._ring_plan.count:
+            captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
+            self._rings = rings.Rings(
+                self._ring_plan, self.kv_cache_spec.block_size, most, tokens, self.device, rings.kernel_on(self.device)
+            )
+        for layer in self.layers:
+            layer.impl.use_rings(self._rings)
 
 
 def _prompt_rows(

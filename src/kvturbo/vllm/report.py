@@ -21,6 +21,7 @@ from kvturbo.vllm.channels import (
 )
 from kvturbo.vllm.formats import PREFIX
 from kvturbo.vllm.prefill import PIECE_TOKENS
+from kvturbo.vllm.rings import line_of
 
 _LOG = logging.getLogger("vllm.kvturbo")
 _SAID: set[str] = set()
@@ -67,8 +68,8 @@ def layers_of(vllm_config: Any) -> list[Layer]:
     return layers
 
 
-def summary(layers: Iterable[Layer], workspace_bytes: int) -> str:
-    """The line."""
+def summary(layers: Iterable[Layer], workspace_bytes: int, rings: str) -> str:
+    """The line; `rings` says which tokens are kept raw."""
     layers = list(layers)
     packed = [layer for layer in layers if layer.packed]
     fmts = {(f.name, f.head_dim): f.bytes_per_token for f in (layer.packed for layer in packed) if f}
@@ -86,7 +87,7 @@ def summary(layers: Iterable[Layer], workspace_bytes: int) -> str:
     return (
         f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; the layers that grow with the context "
         f"hold {capacity:.2f} times the tokens of a 16-bit cache; prompts take {workspace_bytes / 2**20:.0f} MiB of workspace "
-        f"({PIECE_TOKENS} tokens of a prefix at a time)"
+        f"({PIECE_TOKENS} tokens of a prefix at a time); {rings}"
     )
 
 
@@ -98,8 +99,9 @@ def report(vllm_config: Any) -> None:
         return
     layers = layers_of(vllm_config)
     modules = vllm_config.compilation_config.static_forward_context
-    workspaces = [modules[layer.name].impl.workspace_bytes for layer in layers if layer.packed]
-    _say(logging.INFO, summary(layers, max(workspaces)))
+    packed = [modules[layer.name] for layer in layers if layer.packed]
+    plans, nbytes = [x.impl.ring_plan(x) for x in packed], sum(x.impl.ring_bytes(x) for x in packed)
+    _say(logging.INFO, summary(layers, max(x.impl.workspace_bytes for x in packed), line_of(plans, nbytes)))
     model, load = vllm_config.model_config, vllm_config.load_config
     if any(layer.packed and layer.packed.outliers for layer in layers):
         _say(logging.INFO, f"kvturbo: outlier channels from {source_of_channels(model, load)}")

@@ -24,6 +24,7 @@ class Schedules:
         most: sequences in the largest batch.
         max_q_len: queries of a sequence at most, 1 to 8.
         device: the GPU.
+        ring_size: tokens of a ring, if decode reads the newest tokens from rings; 0 if it does not.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Schedules:
         most: int,
         max_q_len: int,
         device: torch.device,
+        ring_size: int = 0,
     ) -> None:
         self._fmt, self._page_size, self._dtype, self._device = fmt, page_size, dtype, device
         self._group, self._kv_heads, self._most = num_q_heads // num_kv_heads, num_kv_heads, most
-        self._limits = limits_of(device)
+        self._limits, self._ring_size = limits_of(device), ring_size
         self._buffers: dict[Variant, Schedule] = {}
         self._views: dict[tuple[int, int], Schedule] = {}
         for q_len in range(1, max_q_len + 1):
@@ -58,7 +60,7 @@ class Schedules:
     def _buffer(self, q_len: int, batch: int) -> Schedule:
         variant = variant_for(
             self._fmt, self._page_size, self._dtype, self._dtype, self._group, q_len, batch * self._kv_heads,
-            self._limits,
+            self._limits, self._ring_size,
         )  # fmt: skip
         if variant not in self._buffers:
             self._buffers[variant] = Schedule(variant, self._most, self._kv_heads, self._device)
