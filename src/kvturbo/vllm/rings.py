@@ -22,7 +22,8 @@ from kvturbo.ops.recent import RING_SIZES
 MAX_RINGS = 256
 THREADS = 1024
 """Both as in rings.cu."""
-DEFAULT = 16
+DEFAULT = 0
+"""No rings: they have not run on a GPU yet."""
 BACKENDS = ("cuda",)
 """Backends that are given rings."""
 SOURCE = Path(__file__).with_name("rings.cu")
@@ -51,7 +52,7 @@ def plan_of(vllm_config: Any, backend: str) -> Plan:
         ValueError: the size that the user gives does not exist.
     """
     size = ring_size(vllm_config.additional_config)
-    why = _why_none(vllm_config, backend) if size else "turned off by --additional-config"
+    why = _why_none(vllm_config, backend) if size else "recent is 0"
     return Plan(why=why) if why else Plan(size, min(vllm_config.scheduler_config.max_num_seqs, MAX_RINGS))
 
 
@@ -63,9 +64,7 @@ def ring_size(additional_config: Any) -> int:
     """
     options = additional_config.get("kvturbo", {}) if isinstance(additional_config, dict) else {}
     if not isinstance(options, dict) or set(options) - {"recent"}:
-        raise ValueError(
-            f'kvturbo: "kvturbo" in --additional-config must be like {{"recent": {DEFAULT}}}, got {options!r}'
-        )
+        raise ValueError(f'kvturbo: "kvturbo" in --additional-config must be like {{"recent": 16}}, got {options!r}')
     size = options.get("recent", DEFAULT)
     valid = (0, *RING_SIZES)
     if type(size) is not int or size not in valid:
