@@ -43,7 +43,7 @@ class Decoded(Simulation):
         return out.reshape(batch, heads, count, d)
 
     def _parts(self, layer: int, side: int, new: Tensor, near: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys or values: those always packed [heads, n, d], then the `near` last of the context and the new ones, raw and packed."""
+        """Keys or values: those always packed [heads, n, d]; the `near` last of the context and the new ones, raw and packed."""
         raw, packed = self._context[layer][side].float(), self._packed[layer][side].float()
         old = raw.shape[2] - near
         back = self._codec.restore(new, SIDES[side], layer)
