@@ -97,6 +97,12 @@ def test_bad_input(kvturbo, tiny_folder: Path, arguments: tuple, words: tuple[st
     assert ran.err.count("\n") == 1 and all(word in ran.err for word in words)
 
 
+def test_more_tokens_than_the_models_context_are_refused(kvturbo, tiny_folder: Path) -> None:
+    ran = kvturbo("check", tiny_folder, "--text", "--tokens", CONTEXT + 1)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith(f"calibration takes at most {CONTEXT} tokens, the model's context, got {CONTEXT + 1}\n")
+
+
 def test_a_text_too_short_to_judge_by_is_refused(kvturbo, tiny_folder: Path) -> None:
     ran = kvturbo("check", tiny_folder, "--text", "--tokens", LEAST_TOKENS - 1)
     assert (ran.code, ran.out) == (2, "")

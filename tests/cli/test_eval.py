@@ -101,6 +101,8 @@ def test_options_are_converted_to_the_type_of_their_default() -> None:
         (("--set", "retrieval.setting=easy"), ("easy", "multikey-4k")),
         (("--set", "text.prefix=9000"), ("context of 8192", "10024")),
         (("--text", "/no/such/text"), ("/no/such/text",)),
+        (("--set", "retrieval.seed=-1"), ("seed must not be negative, got -1",)),
+        (("--set", "frequent.seed=-1"), ("seed must not be negative, got -1",)),
         (("--sink", "-1"), ("sink", "-1")),
         (("--plans", "/no/plan.json"), ("no plan /no/plan.json",)),
         (("--dtype", "int8"), ("eval: dtype must be one of auto, float32, bfloat16, float16, got 'int8'",)),

@@ -96,6 +96,8 @@ class NoTerminal(io.StringIO):
         (("--max-new-tokens", CONTEXT), (f"prompt of {len(PROMPT) + 1} tokens", f"context of {CONTEXT}")),
         (("--temperature", -1), ("--temperature", "got -1")),
         (("--temperature", "nan"), ("--temperature", "got nan")),
+        (("--temperature", 1e-300), ("--temperature must be 0 or at least 1e-05", "got 1e-300")),
+        (("--device", "meta"), ("device must be auto, cpu, cuda or cuda:N", "'meta'")),
         (("--seed", 2**64), ("--seed must be from -2**63 to 2**64 - 1", f"got {2**64}")),
         (("--recent", -5), ("recent", "-5")),
         (("--device", "abacus"), ("abacus", "cpu, cuda")),

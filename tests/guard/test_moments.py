@@ -51,7 +51,7 @@ def test_moments_are_those_of_white_inputs() -> None:
 def test_normalised_keys_and_queries_have_the_norms_gains() -> None:
     gains = torch.rand(2, 64, dtype=torch.float64)
     own = weights() | {f"{PREFIX}self_attn.k_norm.weight": gains[0], f"{PREFIX}self_attn.q_norm.weight": gains[1]}
-    for model_type, offset in (("qwen3", 0), ("gemma3_text", 1)):
+    for model_type, offset in (("qwen3", 0), ("gemma3_text", 1), ("qwen3_5_moe_text", 1)):
         moments = moments_of_weights(own, CONFIG | {"model_type": model_type})[0]
         assert torch.equal(moments.key, (gains[0] + offset).square().expand(2, -1))
         assert torch.equal(moments.query, (gains[1] + offset).square().expand(2, -1))

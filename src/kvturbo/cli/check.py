@@ -93,12 +93,15 @@ def text_moments(loaded: LoadedModel, tokens: int) -> dict[int, LayerMoments]:
     """Moments on the first tokens of the model's text.
 
     Raises:
-        UsageError: they are too few to tell a channel that is always large from one that happens to be.
+        UsageError: they are too few to tell a channel that is always large from one that happens to be, or more than the
+            model's context.
     """
     import torch
 
     from kvturbo.hf.calibration import moments_of_text
 
+    if loaded.context is not None and tokens > loaded.context:
+        raise UsageError(f"calibration takes at most {loaded.context} tokens, the model's context, got {tokens}")
     with bad_input():
         ids = torch.from_numpy(loaded.text[:tokens].copy())[None]
         if ids.shape[1] < LEAST_TOKENS:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kvturbo.eval.caches import CacheSpec
     from kvturbo.eval.model import LoadedModel
 
+LEAST_TEMPERATURE = 1e-5
+"""Logits over anything smaller overflow; 0 takes the likeliest token."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
@@ -85,6 +88,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be a number from 0 on, got {arguments.temperature}")
+    if 0 < arguments.temperature < LEAST_TEMPERATURE:
+        raise UsageError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE}, got {arguments.temperature}")
     if not -(2**63) <= arguments.seed < 2**64:
         raise UsageError(f"--seed must be from -2**63 to 2**64 - 1, got {arguments.seed}")
 

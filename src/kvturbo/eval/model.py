@@ -204,6 +204,8 @@ def _checked_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices found")
     return target

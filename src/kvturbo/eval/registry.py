@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name, in the order in which they were registered.
+    """Things of one kind by name.
 
     Args:
         kind: what they are called in error messages.
@@ -65,11 +65,11 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All names."""
+        """All names in alphabetical order, whichever module was imported first."""
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        return list(self._entries)
+        return sorted(self._entries)
 
 
 class Task(Protocol):

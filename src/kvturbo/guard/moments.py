@@ -22,8 +22,15 @@ from kvturbo.outliers import Pairing, rope_pairs
 
 _KEY = re.compile(r"(?P<layer>.*layers\.(?P<index>\d+)\.)(?P<attention>\w+\.)k_proj\.weight")
 _OTHER_MODALITY = re.compile(r"vision|visual|audio")
-_GAIN_PLUS_ONE = {"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next"}
-"""Model types whose norms multiply by 1 + weight."""
+_GAIN_PLUS_ONE = {
+    "gemma", "gemma2", "gemma3", "vaultgemma", "recurrent_gemma", "qwen3_next", "qwen3_5", "qwen3_5_moe", "step3p5", "step3p7",
+}  # fmt: skip
+"""Model types whose norms multiply by 1 + weight, without the `_text` of multimodal models' language models."""
+
+
+def gain_plus_one(model_type: str) -> bool:
+    """Whether the norms of a model type multiply by 1 + weight; the type as in a model's config.json."""
+    return model_type.removesuffix("_text") in _GAIN_PLUS_ONE
 
 
 @dataclass(frozen=True)
@@ -179,4 +186,4 @@ def _gain(weights: Mapping[str, Tensor], config: Mapping[str, Any], norm: str) -
     weight = weights.get(f"{norm}.weight")
     if weight is None:
         return None
-    return weight.detach().double().cpu() + (1.0 if config.get("model_type") in _GAIN_PLUS_ONE else 0.0)
+    return weight.detach().double().cpu() + float(gain_plus_one(str(config.get("model_type"))))

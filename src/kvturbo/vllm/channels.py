@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.guard import PLAN_FILE, Plan, read_plan
+from kvturbo.guard.moments import gain_plus_one
 from kvturbo.outliers import Pairing, choose_outlier_channels
 
 INTERLEAVED = (
@@ -26,8 +27,6 @@ INTERLEAVED = (
     "glm4v", "glm_ocr", "gptj",
 )  # fmt: skip
 """Model types whose RoPE turns neighbouring channels, without the `_text` of multimodal models' language models."""
-UNIT_OFFSET = ("gemma", "gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe", "step3p5")
-"""Model types whose norms multiply by 1 + weight, without the same."""
 SPIKED_SHARE = 0.6
 """A head whose 16 strongest channels hold more than this share of the second moment needs `-o16`: white keys have 0.13 to 0.25."""
 _DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -215,7 +214,7 @@ def _family(text_config: Any) -> str:
 
 def unit_offset(text_config: Any) -> bool:
     """Whether a model's norms multiply by 1 + weight."""
-    return _family(text_config) in UNIT_OFFSET
+    return gain_plus_one(_family(text_config))
 
 
 def plan_path(model_config: Any) -> Path:

@@ -43,6 +43,8 @@ class FrequentWordsTask:
         for name in ("length", "common", "repeats", "rare", "prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.text_tokens < 0:
             raise ValueError(
                 f"length must be at least {self.length - self.text_tokens} for its words, got {self.length}"

@@ -32,6 +32,8 @@ class RetrievalTask:
         get_setting(self.setting)
         if self.prompts < 1:
             raise ValueError(f"prompts must be at least 1, got {self.prompts}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
 
     def count(self) -> int:
         return self.prompts
