@@ -77,7 +77,7 @@ def disassemble(code: bytes) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loop_of(instructions: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
-    """The smallest loop that has all the tensor-core instructions that any loop has.
+    """The innermost loop with tensor-core instructions: that of the steps.
 
     Raises:
         ValueError: no loop has any.
@@ -87,10 +87,11 @@ def loop_of(instructions: list[Instruction], labels: dict[str, int]) -> list[Ins
         branch = _BRANCH.search(instruction.text)
         if branch and labels.get(branch[1], end + 1) <= end:
             body = instructions[labels[branch[1]] : end + 1]
-            loops.append((sum("MMA" in x.name for x in body), -len(body), body))
-    if not loops or not max(loops, key=lambda loop: loop[0])[0]:
+            if any("MMA" in x.name for x in body):
+                loops.append(body)
+    if not loops:
         raise ValueError("no loop with tensor-core instructions was found")
-    return max(loops, key=lambda loop: loop[:2])[2]
+    return min(loops, key=len)
 
 
 def variant_of(given: argparse.Namespace) -> Variant:
