@@ -1,6 +1,6 @@
 """What it costs to read the newest tokens from a packed cache: divergence and retrieval, token by token, by how many are raw.
 
-    python benchmarks/recent.py                   # writes benchmarks/results/recent.json; half an hour on two CPU cores
+    python benchmarks/recent.py                   # writes benchmarks/results/recent.json; an hour on two CPU cores, a tenth of it without --contexts
 
 Contexts are read raw and packed whole, as an engine does with a prompt. What follows is decoded one token at a time: a step's own
 token and those before it come from the codec, but for the newest ones. All by simulation (`kvturbo.eval.simulation`).
@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=8, help="of text, for the divergence (default: 8)")
     parser.add_argument("--prefix", type=int, default=1024, help="tokens of a passage's context (default: 1024)")
     parser.add_argument("--scored", type=int, default=512, help="tokens of a passage that are scored (default: 512)")
-    parser.add_argument("--contexts", type=int, default=64, help=f"of {SETTING}, 16 questions each (default: 64)")
+    parser.add_argument(
+        "--contexts", type=int, default=64, help=f"of {SETTING}, 16 questions each, 0 for none (default: 64)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--commit", help="the tree's commit, where it is no git checkout")
     parser.add_argument("--allow-dirty", action="store_true", help="measure a changed tree; the commit says -dirty")
@@ -48,7 +50,8 @@ def main() -> int:
     commit = checked_commit(given.commit, allow_dirty=given.allow_dirty)
     loaded = load_model(device=given.device, dtype="float32")
     rows = divergences(loaded, given.passages, given.prefix, given.scored)
-    rows += answers(loaded, given.contexts)
+    if given.contexts:
+        rows += answers(loaded, given.contexts)
     facts = {"model": loaded.name, "dtype": "float32", "prefix": given.prefix, "setting": SETTING}
     write(given.out, rows, commit, **facts)
     header = ["what", "format", "newest", "value", "n", "p99", "only_16bit", "only_this"]
