@@ -1,6 +1,7 @@
 """What it costs to read the newest tokens from a packed cache: divergence and retrieval, token by token, by how many are raw.
 
-    python benchmarks/recent.py                   # writes benchmarks/results/recent.json; an hour on two CPU cores, a tenth of it without --contexts
+    python benchmarks/recent.py                   # writes benchmarks/results/recent.json; an hour on two CPU cores
+    python benchmarks/recent.py --contexts 0      # the divergence alone: ten minutes
 
 Contexts are read raw and packed whole, as an engine does with a prompt. What follows is decoded one token at a time: a step's own
 token and those before it come from the codec, but for the newest ones. All by simulation (`kvturbo.eval.simulation`).
