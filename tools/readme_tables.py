@@ -60,7 +60,7 @@ def of_file(file: str, tables: Mapping[str, Render]) -> Tables:
 
 
 DECODE, STORE, QUALITY = "decode-h200.json", "store-h200.json", "quality.json"
-SERVING, RETRIEVAL = "vllm-h200.json", "vllm-retrieval-h200.json"
+SERVING, RETRIEVAL, RECENT = "vllm-h200.json", "vllm-retrieval-h200.json", "recent.json"
 SCRIPTS = {
     "demo-cpu.json": "-m kvturbo demo",
     "formats.json": "-m kvturbo info --json",
@@ -69,6 +69,7 @@ SCRIPTS = {
     QUALITY: "benchmarks/quality.py",
     SERVING: vllm_tables.SERVING_SCRIPT,
     RETRIEVAL: vllm_tables.RETRIEVAL_SCRIPT,
+    RECENT: vllm_tables.RECENT_SCRIPT,
 }
 """What makes each file of results."""
 DOCUMENTS: dict[str, Tables] = {
@@ -80,7 +81,9 @@ DOCUMENTS: dict[str, Tables] = {
         "formats": ("formats.json", formats_table),
     },
     "docs/quality.md": of_file(QUALITY, comparison.TABLES),
-    "docs/vllm.md": of_file(SERVING, vllm_tables.SERVING_TABLES) | of_file(RETRIEVAL, vllm_tables.RETRIEVAL_TABLES),
+    "docs/vllm.md": of_file(SERVING, vllm_tables.SERVING_TABLES)
+    | of_file(RETRIEVAL, vllm_tables.RETRIEVAL_TABLES)
+    | of_file(RECENT, vllm_tables.RECENT_TABLES),
     "docs/performance.md": of_file(DECODE, bench_tables.DECODE_TABLES) | of_file(STORE, bench_tables.STORE_TABLES),
 }
 PLOTS: dict[str, Callable[[Report, Path], list[Path]]] = {QUALITY: comparison.plots, DECODE: bench_plots.plots}

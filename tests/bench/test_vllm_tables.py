@@ -7,7 +7,7 @@ from typing import Any
 from bench_reports import FACTS
 from kvturbo.bench.vllm_retrieval import rows_of as retrieval_rows
 from kvturbo.bench.vllm_rows import rows_of
-from kvturbo.bench.vllm_tables import SERVING_SCRIPT, brief, conditions, retrieval, serving
+from kvturbo.bench.vllm_tables import SERVING_SCRIPT, brief, conditions, recent, retrieval, serving
 from kvturbo.eval.report import not_measured
 
 
@@ -75,3 +75,19 @@ def test_nothing_measured_says_what_measures_it() -> None:
         == "Not measured yet: `python benchmarks/vllm_serving.py` makes the rows."
     )
     assert retrieval(FACTS | {"rows": []}) == "Not measured yet: `python benchmarks/vllm_retrieval.py` makes the rows."
+
+
+def test_divergence_is_shown_against_a_cache_with_nothing_raw() -> None:
+    rows = [
+        {"what": "mean KL", "format": "k4v4", "newest": newest, "value": kl, "p99": 10 * kl, "n": 4096}
+        for newest, kl in ((0, 0.01), (16, 0.0025))
+    ]
+    versions = FACTS["versions"] | {"transformers": "5.17.0"}
+    facts = {"model": "tiny", "dtype": "float32", "prefix": 1024, "versions": versions}
+    text = recent(FACTS | facts | {"rows": [*rows, {"what": "hard-4k", "format": "k4v4", "newest": 0, "value": 1}]})
+    assert text.splitlines()[2:4] == [
+        "| `k4v4` | 0 | 0.01000 | 1.00x | 0.1000 |",
+        "| `k4v4` | 16 | 0.00250 | 0.25x | 0.0250 |",
+    ]
+    assert "4,096 tokens of text" in text and "contexts of 1,024" in text
+    assert recent(FACTS | {"rows": []}) == "Not measured yet: `python benchmarks/recent.py` makes the rows."

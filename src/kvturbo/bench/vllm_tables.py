@@ -1,4 +1,4 @@
-"""Tables of docs/vllm.md and the README, from the results of benchmarks/vllm_serving.py and benchmarks/vllm_retrieval.py."""
+"""Tables of docs/vllm.md and the README, from the results of benchmarks/vllm_serving.py, vllm_retrieval.py and recent.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvturbo.eval.report import markdown_table, not_measured
 Report = dict[str, Any]
 Row = dict[str, Any]
 SERVING_SCRIPT, RETRIEVAL_SCRIPT = "benchmarks/vllm_serving.py", "benchmarks/vllm_retrieval.py"
+RECENT_SCRIPT = "benchmarks/recent.py"
 NAMES = {"auto": "16 bits", "fp8": "`fp8`"}
 """What baselines are called; other cache dtypes by their flag."""
 OURS = "turboquant"
@@ -111,6 +112,30 @@ def retrieval(report: Report) -> str:
     return "\n\n".join([markdown_table(header, cells), note])
 
 
+def recent(report: Report) -> str:
+    """Divergence by how many of the newest tokens are raw."""
+    rows = [row for row in report["rows"] if row["what"] == "mean KL"]
+    packed = {row["format"]: row["value"] for row in rows if row["newest"] == 0}
+    cells = [
+        (
+            f"`{row['format']}`", str(row["newest"]), f"{row['value']:.5f}", f"{row['value'] / packed[row['format']]:.2f}x",
+            f"{row['p99']:.4f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    if not cells:
+        return not_measured(RECENT_SCRIPT)
+    versions = report["versions"]
+    note = (
+        f"Made by `{RECENT_SCRIPT}` on {report['cpu']}: a simulation of model {report['model']} in {report['dtype']}, "
+        f"{rows[0]['n']:,} tokens of text decoded one by one after packed contexts of {report['prefix']:,}; torch "
+        f"{versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {report['commit']}."
+    )
+    header = ("format", "newest tokens raw", "mean KL to 16 bits", "to none raw", "p99 KL")
+    return "\n\n".join([markdown_table(header, cells), note])
+
+
 def _points(row: Row) -> str:
     return "-" if row["difference_points"] is None else f"{row['difference_points']:+.1f}"
 
@@ -121,3 +146,4 @@ def _split(row: Row) -> str:
 
 SERVING_TABLES: dict[str, Callable[[Report], str]] = {"serving-conditions": conditions, "serving": serving}
 RETRIEVAL_TABLES: dict[str, Callable[[Report], str]] = {"retrieval": retrieval}
+RECENT_TABLES: dict[str, Callable[[Report], str]] = {"recent": recent}
