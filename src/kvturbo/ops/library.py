@@ -26,10 +26,7 @@ def store(
     """`kvturbo.ops.store`, the format by name. The backend is chosen when it runs, not when it is traced."""
     fmt = KVFormat.from_name(format_name, k.shape[-1], seed=seed)
     run = backends.load("store", backends.choose(backend, "store", pages.device, fmt))
-    run(
-        k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
-        recent_slots=recent_slots,
-    )  # fmt: skip
+    run(k, v, pages, slot_mapping, outlier_channels, recent_rows, recent_slots, fmt=fmt)
 
 
 @store.register_fake

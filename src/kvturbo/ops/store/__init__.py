@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,20 +86,4 @@ def _prepared(backend: str, tensors: tuple[Tensor | None, ...], fmt: KVFormat) -
     """A backend's store with the format filled in; the cuda backend works out more of a call beforehand."""
     if backend == "cuda":
         return backends.load("store", "cuda", "prepare")(*tensors, fmt=fmt)
-    store = backends.load("store", backend)
-
-    def run(
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        slot_mapping: Tensor,
-        outlier_channels: Tensor | None,
-        recent_rows: Tensor | None,
-        recent_slots: Tensor | None,
-    ) -> None:
-        store(
-            k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
-            recent_slots=recent_slots,
-        )  # fmt: skip
-
-    return run
+    return partial(backends.load("store", backend), fmt=fmt)

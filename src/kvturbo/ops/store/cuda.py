@@ -6,7 +6,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -129,10 +129,7 @@ class _Call:
         if at_recent % self._unit:
             raise ValueError(f"recent_rows must begin at a multiple of {self._unit} bytes, got address {at_recent:#x}")
         if at_k % self._unit or at_v % self._unit:
-            return store(
-                k, v, pages, slots, fmt=self._fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
-                recent_slots=recent_slots,
-            )  # fmt: skip
+            return store(k, v, pages, slots, outlier_channels, recent_rows, recent_slots, fmt=self._fmt)
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
@@ -161,22 +158,7 @@ def prepare(
     contiguous = all(x is None or x.is_contiguous() for x in (slot_mapping, outlier_channels, recent_slots))
     if plain and contiguous and len(slot_mapping):
         return _Call(k, v, pages, slot_mapping, fmt, recent_rows)
-
-    def run(
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        slot_mapping: Tensor,
-        outlier_channels: Tensor | None,
-        recent_rows: Tensor | None,
-        recent_slots: Tensor | None,
-    ) -> None:
-        store(
-            k, v, pages, slot_mapping, fmt=fmt, outlier_channels=outlier_channels, recent_rows=recent_rows,
-            recent_slots=recent_slots,
-        )  # fmt: skip
-
-    return run
+    return partial(store, fmt=fmt)
 
 
 def store(
@@ -184,11 +166,11 @@ def store(
     v: Tensor,
     pages: Tensor,
     slot_mapping: Tensor,
-    *,
-    fmt: KVFormat,
     outlier_channels: Tensor | None = None,
     recent_rows: Tensor | None = None,
     recent_slots: Tensor | None = None,
+    *,
+    fmt: KVFormat,
 ) -> None:
     """See `kvturbo.ops.store`. fp64, and keys and values of different dtypes, go through fp32 copies.
 

@@ -444,11 +444,11 @@ def store(
     v: Tensor,
     pages: Tensor,
     slot_mapping: Tensor,
-    *,
-    fmt: KVFormat,
     outlier_channels: Tensor | None = None,
     recent_rows: Tensor | None = None,
     recent_slots: Tensor | None = None,
+    *,
+    fmt: KVFormat,
 ) -> None:
     """See `kvturbo.ops.store`. Computes in fp32.
 
