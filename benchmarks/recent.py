@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from kvturbo.eval.decoding import Decoded
 from kvturbo.eval.metrics.kl import kl_divergence
 from kvturbo.eval.model import LoadedModel, load_model
 from kvturbo.eval.report import table
-from kvturbo.eval.retrieval import Sample, samples
+from kvturbo.eval.retrieval import samples, score
 from kvturbo.eval.scoring import passage
 from kvturbo.eval.simulation import Prefix, Simulation, run
 
@@ -110,12 +109,14 @@ def answers(loaded: LoadedModel, contexts: int) -> list[dict[str, Any]]:
         context = plain.kept
         asked = torch.from_numpy(sample.questions.reshape(sample.num_questions, -1)).to(loaded.device)
         whole: Any = {layer: tuple(x.expand(len(asked), -1, -1, -1) for x in kv) for layer, kv in context.items()}
-        right.setdefault(("16bit", 0), []).extend(answered(run(loaded.model, asked, Simulation(prefix=whole)), sample))
+        right.setdefault(("16bit", 0), []).extend(
+            score(run(loaded.model, asked, Simulation(prefix=whole)).flatten(0, 1), sample)
+        )
         for name, windows in ASKED.items():
             back = packed(context, codecs[name])
             for newest in windows:
                 logits = run(loaded.model, asked, Decoded(codecs[name], newest, context, back))
-                right.setdefault((name, newest), []).extend(answered(logits, sample))
+                right.setdefault((name, newest), []).extend(score(logits.flatten(0, 1), sample))
     base = right["16bit", 0]
     return [
         {
@@ -125,13 +126,6 @@ def answers(loaded: LoadedModel, contexts: int) -> list[dict[str, Any]]:
         }
         for (name, newest), got in right.items()
     ]  # fmt: skip
-
-
-def answered(logits: Tensor, sample: Sample) -> list[bool]:
-    """Which questions [Q, length] have all their scored tokens as the likeliest ones of logits [Q, length, V]."""
-    shape = sample.num_questions, -1
-    hits = logits.argmax(-1).cpu().numpy()[:, :-1] == sample.questions.reshape(shape)[:, 1:]
-    return np.logical_or(hits, ~sample.answer_positions.reshape(shape)[:, 1:]).all(1).tolist()
 
 
 if __name__ == "__main__":
