@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from kvturbo.bench import report, running
+from kvturbo.bench import report, running, vllm_recent
 from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 
@@ -47,6 +47,12 @@ def arguments() -> argparse.Namespace:
         default=[],
         metavar="DTYPE:MEASURE,...",
         help="what is not measured with a cache dtype",
+    )
+    parser.add_argument(
+        "--recent",
+        type=int,
+        choices=vllm_recent.SIZES,
+        help="tokens of the rings that packed caches have; default: the engine's own",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")
     parser.add_argument("--prompts", type=int, default=512, help=f"of {', '.join(LOADS)} (default: 512)")
@@ -76,6 +82,7 @@ def main() -> int:
             without,
             given.rounds,
             given.prompts,
+            given.recent,
         )
         check_plugin()
         path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
@@ -106,8 +113,8 @@ def measure_all(
         given: the command line.
     """
     deadline, count = time.monotonic() + given.seconds, 0
-    names = {(job.model, job.cache_dtype) for engines in todo for job in engines}
-    failed[:] = [line for line in failed if (line["model"], line["kv_cache_dtype"]) not in names]
+    again = [job.facts() for engines in todo for job in engines]
+    failed[:] = [line for line in failed if {name: line[name] for name in again[0]} not in again]
 
     def take(line: Mapping[str, Any]) -> None:
         nonlocal count
@@ -126,14 +133,14 @@ def measure_all(
             left = deadline - time.monotonic()
             if left <= 0:
                 for job in rest:
-                    take({"model": job.model, "kv_cache_dtype": job.cache_dtype, "error": "not begun: the time was up"})
+                    take(job.facts() | {"error": "not begun: the time was up"})
                 break
             rest = run(rest, left, take, given.log)
     return count
 
 
 def earlier(path: Path, gpu: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The figures in a file of results, each of which says its commit, and the failures.
+    """The figures in a file of results, each of which says its commit, and the failures; all of them with `recent`.
 
     Raises:
         ValueError: they are of another GPU.
@@ -143,7 +150,7 @@ def earlier(path: Path, gpu: str) -> tuple[list[dict[str, Any]], list[dict[str, 
     found = json.loads(path.read_text())
     if found["gpu"] != gpu:
         raise ValueError(f"{path} is of {found['gpu']}, this is {gpu}: leave --add out")
-    return list(found["values"]), list(found["failed"])
+    return vllm_recent.completed(found["values"]), vllm_recent.completed(found["failed"])
 
 
 def check_plugin() -> None:
@@ -192,7 +199,7 @@ def run(
             if code:
                 output.seek(0)
                 error = f"exit code {code}: {output.read()[-TAIL:]}"
-                line = {"model": engines[0].model, "kv_cache_dtype": progress.names, "error": error}
+                line = progress.failure(error)
                 progress.note(line)
                 take(line)
     return progress.rest()
@@ -218,7 +225,7 @@ def engines_process(engines: Sequence[Job], out: Path, seconds: float) -> None:
         for job in engines:
             if time.monotonic() - start > seconds:
                 return
-            facts = {"model": job.model, "kv_cache_dtype": job.cache_dtype}
+            facts = job.facts()
             file.write(json.dumps({"engine": job.cache_dtype}) + "\n")
             try:
                 for value in measure(job):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from bench_reports import FACTS
+from kvturbo.bench.vllm_retrieval import Job
 from kvturbo.bench.vllm_retrieval import rows_of as retrieval_rows
 from kvturbo.bench.vllm_rows import rows_of
 from kvturbo.bench.vllm_tables import SERVING_SCRIPT, brief, conditions, recent, retrieval, serving
 from kvturbo.eval.report import not_measured
 
 
-def value(cache_dtype: str, what: str, number: float, unit: str) -> dict[str, Any]:
-    facts = {"model": "qwen2.5-7b", "kv_cache_dtype": cache_dtype, "commit": "0123456789ab"}
+def value(cache_dtype: str, what: str, number: float, unit: str, recent: int | None = None) -> dict[str, Any]:
+    facts = {"model": "qwen2.5-7b", "kv_cache_dtype": cache_dtype, "recent": recent, "commit": "0123456789ab"}
     return facts | {"what": what, "value": number, "unit": unit}
 
 
@@ -58,14 +59,33 @@ def test_conditions_name_commits_runs_and_failures() -> None:
     assert text.endswith("commits 0123456789ab, def. Medians of up to 2 runs. `fp8` failed with qwen2.5-7b.")
 
 
+def test_sizes_of_rings_have_columns_of_their_own() -> None:
+    steps = [("auto", 6.0, None), ("turboquant", 3.0, 0), ("turboquant", 4.0, 16)]
+    found = report(*(value(name, "decode step", step, "ms", recent) for name, step, recent in steps))
+    header, _, step = serving(found).splitlines()
+    columns = "| model | what | 16 bits | `turboquant`, `recent` 0 | `turboquant`, `recent` 16 | over 16 bits |"
+    assert header.startswith(columns)
+    assert step.endswith("| 6.00 ms | 3.00 ms | 4.00 ms | 1.50x | - |")
+    failure = {"model": "qwen2.5-7b", "kv_cache_dtype": "turboquant", "recent": 16, "error": "out of memory"}
+    text = conditions(found | {"failed": [failure]})
+    assert text.endswith("Single runs. `turboquant`, `recent` 16 failed with qwen2.5-7b.")
+
+
 def test_retrieval_is_paired_with_16_bits() -> None:
     found = {
-        ("hard-4k", 512, "auto"): [True, True, False, True],
-        ("hard-4k", 512, "turboquant"): [True, False, True, False],
+        Job("hard-4k", 512, "auto"): [True, True, False, True],
+        Job("hard-4k", 512, "turboquant", 16): [True, False, True, False],
     }
-    text = retrieval(FACTS | {"rows": retrieval_rows(found), "model": "kvturbo-12m"})
-    assert "| hard-4k | 512 | 16 bits | 4 | 75.0 % | +0.0 | 0, 0 |" in text
-    assert "| hard-4k | 512 | `turboquant` | 4 | 50.0 % | -25.0 | 2, 1 |" in text and "model kvturbo-12m" in text
+    facts: dict[str, Any] = FACTS | {"rows": retrieval_rows(found), "model": "kvturbo-12m"}
+    text = retrieval(facts)
+    assert "| setting | chunk | cache | `recent` | questions |" in text
+    assert "| hard-4k | 512 | 16 bits | - | 4 | 75.0 % | +0.0 | 0, 0 |" in text
+    assert "| hard-4k | 512 | `turboquant` | 16 | 4 | 50.0 % | -25.0 | 2, 1 |" in text and "model kvturbo-12m" in text
+    for row in facts["rows"]:
+        del row["recent"]  # a file from before there were rings
+    text = retrieval(facts)
+    assert "| setting | chunk | cache | questions |" in text
+    assert "| hard-4k | 512 | `turboquant` | 4 | 50.0 % | -25.0 | 2, 1 |" in text
 
 
 def test_nothing_measured_says_what_measures_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -12,19 +11,11 @@ from typing import Any
 
 import pytest
 
+from bench_scripts import load_script
 from kvturbo.bench import vllm_rows
 from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm_serving.py"
-
-
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vllm_serving", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from kvturbo.vllm import rings
 
 
 def test_rounds_alternate_cache_dtypes_and_models_have_processes_of_their_own() -> None:
@@ -102,13 +93,13 @@ def test_a_part_of_the_cache_is_what_is_left_in_the_pool() -> None:
 
 def test_rows_are_medians_and_their_ratios() -> None:
     def value(number: float) -> dict[str, Any]:
-        return {"what": "capacity", "value": number, "unit": "tokens", "model": "qwen2.5-7b"}
+        return {"what": "capacity", "value": number, "unit": "tokens", "model": "qwen2.5-7b", "recent": None}
 
     runs = {"auto": [100, 90, 200], "fp8": [200], "turboquant": [370, 390]}
     rows = rows_of(value(x) | {"kv_cache_dtype": name} for name, found in runs.items() for x in found)
     assert [row["value"] for row in rows] == [100, 200, 380]
     assert [row["ratio_bf16"] for row in rows] == [1, 2, 3.8] and rows[2]["ratio_fp8"] == 1.9
-    assert list(rows[0]) == ["what", "model", "kv_cache_dtype", "value", "unit", "ratio_bf16", "ratio_fp8"]
+    assert list(rows[0]) == ["what", "model", "kv_cache_dtype", "recent", "value", "unit", "ratio_bf16", "ratio_fp8"]
     alone = rows_of([value(1) | {"kv_cache_dtype": "turboquant"}])
     assert alone[0]["ratio_bf16"] is None and alone[0]["ratio_fp8"] is None
 
@@ -128,7 +119,7 @@ def _run(script: ModuleType, seconds: float = 60) -> list[dict[str, Any]]:
 def test_a_process_that_dies_leaves_its_values_and_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, fake = _script(), tmp_path / "fake.py"
+    script, fake = load_script("vllm_serving"), tmp_path / "fake.py"
     fake.write_text(
         "import sys\nout = sys.argv[sys.argv.index('--out') + 1]\n"
         'open(out, \'w\').write(\'{"what": "capacity", "value": 5, "unit": "tokens"}\\n\')\nsys.exit(\'out of memory\')\n'
@@ -141,7 +132,7 @@ def test_a_process_that_dies_leaves_its_values_and_its_last_words(
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, fake = _script(), tmp_path / "fake.py"
+    script, fake = load_script("vllm_serving"), tmp_path / "fake.py"
     fake.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(script, "__file__", str(fake))
     [failure] = _run(script, 0.5)
@@ -160,7 +151,7 @@ def test_figures_are_written_as_they_come_and_a_failure_is_the_last_line(
 
     monkeypatch.setattr(vllm_engine, "measure", measure)
     out = tmp_path / "values.jsonl"
-    _script().engines_process([Job("qwen2.5-7b", name) for name in ("fp8", "auto")], out, 60)
+    load_script("vllm_serving").engines_process([Job("qwen2.5-7b", name) for name in ("fp8", "auto")], out, 60)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.get("kv_cache_dtype") for line in lines] == [None, "fp8", "fp8"]
     assert lines[2]["error"] == "RuntimeError: broken"
@@ -168,22 +159,45 @@ def test_figures_are_written_as_they_come_and_a_failure_is_the_last_line(
 
 def test_figures_of_another_gpu_are_not_added_to(tmp_path: Path) -> None:
     path = tmp_path / "vllm.json"
-    assert _script().earlier(path, "NVIDIA H200") == ([], [])
-    path.write_text(json.dumps({"gpu": "NVIDIA H200", "values": [{"what": "capacity"}], "failed": [{"error": "x"}]}))
-    assert _script().earlier(path, "NVIDIA H200") == ([{"what": "capacity"}], [{"error": "x"}])
+    assert load_script("vllm_serving").earlier(path, "NVIDIA H200") == ([], [])
+    packed, raw, said = ({"kv_cache_dtype": name} for name in ("turboquant", "fp8", "turboquant"))
+    said["recent"] = 16
+    path.write_text(json.dumps({"gpu": "NVIDIA H200", "values": [packed, raw, said], "failed": [packed]}))
+    values, failed = load_script("vllm_serving").earlier(path, "NVIDIA H200")
+    assert [value["recent"] for value in values] == [0, None, 16] and failed == [packed | {"recent": 0}]
     with pytest.raises(ValueError, match="is of NVIDIA H200, this is NVIDIA H100"):
-        _script().earlier(path, "NVIDIA H100")
+        load_script("vllm_serving").earlier(path, "NVIDIA H100")
 
 
 def test_a_median_is_of_one_commits_runs() -> None:
-    def value(number: float, commit: str, cache_dtype: str = "auto") -> dict[str, Any]:
-        facts = {"what": "capacity", "model": "qwen2.5-7b", "unit": "tokens"}
+    def value(number: float, commit: str, cache_dtype: str = "auto", recent: int | None = None) -> dict[str, Any]:
+        facts = {"what": "capacity", "model": "qwen2.5-7b", "unit": "tokens", "recent": recent}
         return facts | {"value": number, "commit": commit, "kv_cache_dtype": cache_dtype}
 
     values = [value(1, "a"), value(2, "a"), value(3, "a", "fp8")]
     for new in (value(4, 12 * "b"), value(5, 40 * "b")):
         add_value(values, new)
     assert [old["value"] for old in values] == [3, 4, 5]
+    values = [value(1, "a", "turboquant", 0), value(2, "a", "turboquant", 16)]
+    add_value(values, value(3, 12 * "b", "turboquant", 16))
+    assert [(row["recent"], row["value"]) for row in rows_of(values)] == [(0, 1), (16, 3)]
+
+
+def test_packed_caches_alone_are_told_the_size_of_rings() -> None:
+    [engines] = jobs(["qwen2.5-7b"], CACHE_DTYPES, ["start"], recent=16)
+    assert [job.facts()["recent"] for job in engines] == [None, None, None, 16, 16]
+    assert [job.options().get("additional_config") for job in engines] == [None] * 3 + [{"kvturbo": {"recent": 16}}] * 2
+    [[untold]] = jobs(["qwen2.5-7b"], ["turboquant"])
+    assert "additional_config" not in untold.options() and untold.facts()["recent"] == rings.DEFAULT
+
+
+def test_sizes_of_rings_are_those_that_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--recent=12"])
+    with pytest.raises(SystemExit):
+        load_script("vllm_serving").main()
+    assert "--recent: invalid choice: 12 (choose from 0, 8, 16, 32)" in capsys.readouterr().err
 
 
 class Engines:
@@ -226,7 +240,7 @@ def test_what_is_left_when_an_engine_fails_is_measured_in_a_new_process(
 ) -> None:
     from kvturbo.bench import vllm_engine
 
-    script, engines = _script(), Engines(failing)
+    script, engines = load_script("vllm_serving"), Engines(failing)
     monkeypatch.setattr(vllm_engine, "measure", engines)
     failures: list[dict[str, Any]] = []
     [rest] = jobs(["qwen2.5-7b"], ["auto", "fp8", "turboquant"], ["start", "burst", "memory"])
@@ -244,10 +258,10 @@ def test_what_is_left_when_an_engine_fails_is_measured_in_a_new_process(
 def test_engines_that_are_not_begun_when_the_time_is_up_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = _script()
+    script = load_script("vllm_serving")
     monkeypatch.setattr(script.report, "write", lambda *arguments, **options: None)
     [engines] = jobs(["qwen2.5-7b"], ["auto", "fp8"], ["start"])
-    failed = [{"model": "qwen2.5-7b", "kv_cache_dtype": name, "error": "old"} for name in ("fp8", "turboquant")]
+    failed = [Job("qwen2.5-7b", name).facts() | {"error": "old"} for name in ("fp8", "turboquant")]
     given = SimpleNamespace(seconds=-1.0, log=None)
     assert script.measure_all([engines], tmp_path / "x.json", [], failed, "a", given) == 2
     assert [(line["kv_cache_dtype"], line["error"]) for line in failed] == [

@@ -38,11 +38,11 @@ class Progress:
             self.values += not self.failed
         return not {"engine", "measure"} & set(line)
 
-    @property
-    def names(self) -> str:
-        """Cache dtype of the engine that is at work, of all if none has begun."""
+    def failure(self, error: str) -> dict[str, Any]:
+        """The line of a process that died: of the engine that is at work, of all if none has begun."""
         at_work = self.engines[self.begun - 1 : self.begun] if self.begun else self.engines
-        return ", ".join(job.cache_dtype for job in at_work)
+        names = ", ".join(job.cache_dtype for job in at_work)
+        return at_work[-1].facts() | {"kv_cache_dtype": names, "error": error}
 
     def rest(self) -> list[Job]:
         """What is left to measure: the measures after the one that failed, if the engine has given figures, and later engines.
@@ -58,11 +58,13 @@ class Progress:
 
 
 def add_value(values: list[dict[str, Any]], value: dict[str, Any]) -> None:
-    """Adds a figure, and drops those of other commits that it replaces: a median is of one commit's runs."""
+    """Adds a figure, and drops those of other commits that it replaces: a median is of one commit's runs. Figures of other sizes of
+    rings stay, and have medians of their own.
+    """
 
     def replaced(old: Mapping[str, Any]) -> bool:
         return old["commit"][:12] != value["commit"][:12] and all(
-            old[name] == value[name] for name in ("what", "model", "kv_cache_dtype")
+            old[name] == value[name] for name in ("what", "model", "kv_cache_dtype", "recent")
         )
 
     values[:] = [*(old for old in values if not replaced(old)), value]

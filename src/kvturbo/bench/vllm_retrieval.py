@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvturbo.bench import vllm_recent
 from kvturbo.eval.retrieval import RetrievalVocab, Sample, get_setting, samples
 
 CACHE_DTYPES = ("auto", "fp8", "turboquant", "kvturbo_k4v4-o16")
@@ -17,6 +19,46 @@ CHUNKS = (512, 8192)
 """Tokens that are read at once: what was read before a chunk is read from the cache by it. 8,192 is a whole prompt."""
 CONCURRENT = 64
 CACHE_BYTES = 6 << 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine and what it is asked.
+
+    Attributes:
+        setting: of a lookup task.
+        chunk: tokens that are read at once.
+        cache_dtype: of the engine.
+        recent: tokens of a ring; None leaves them to the engine.
+    """
+
+    setting: str
+    chunk: int
+    cache_dtype: str
+    recent: int | None = None
+
+    def __str__(self) -> str:
+        rings = () if self.recent is None else (f"recent={self.recent}",)
+        return " ".join([self.setting, str(self.chunk), self.cache_dtype, *rings])
+
+
+def jobs(
+    settings: Sequence[str], chunks: Sequence[int], cache_dtypes: Sequence[str], recent: Sequence[int | None] = (None,)
+) -> list[Job]:
+    """All engines, in the order in which they begin; packed caches have one for every size of rings.
+
+    Raises:
+        ValueError: a setting is unknown, or a chunk has no tokens.
+    """
+    for setting in settings:
+        get_setting(setting)
+    if min(chunks) < 1:
+        raise ValueError(f"chunks must have at least 1 token, got {', '.join(map(str, chunks))}")
+    return [
+        Job(setting, chunk, cache_dtype, size)
+        for setting, chunk, cache_dtype in product(settings, chunks, cache_dtypes)
+        for size in vllm_recent.asked(cache_dtype, recent)
+    ]
 
 
 @dataclass(frozen=True)
@@ -78,16 +120,16 @@ def questions(setting: str, count: int, folder: Path) -> list[Question]:
     return [question for sample in made for question in questions_of(sample, opening)]
 
 
-def answers(cache_dtype: str, chunk: int, asked: Sequence[Question], folder: Path) -> list[bool]:
+def answers(job: Job, asked: Sequence[Question], folder: Path) -> list[bool]:
     """Which questions an engine answers rightly. Contexts are read in chunks and found again by prefix caching, answers are written
     token by token.
     """
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=str(folder), kv_cache_dtype=cache_dtype, dtype="bfloat16", skip_tokenizer_init=True, max_model_len=8192,
-        max_num_seqs=CONCURRENT, max_num_batched_tokens=chunk, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES,
-        enable_prefix_caching=True, enforce_eager=True, seed=0,
+        model=str(folder), kv_cache_dtype=job.cache_dtype, dtype="bfloat16", skip_tokenizer_init=True, max_model_len=8192,
+        max_num_seqs=CONCURRENT, max_num_batched_tokens=job.chunk, gpu_memory_utilization=0.1, kv_cache_memory_bytes=CACHE_BYTES,
+        enable_prefix_caching=True, enforce_eager=True, seed=0, **vllm_recent.options(job.recent),
     )  # fmt: skip
     parameters = [
         SamplingParams(temperature=0, max_tokens=len(question.answer), ignore_eos=True, detokenize=False)
@@ -98,19 +140,21 @@ def answers(cache_dtype: str, chunk: int, asked: Sequence[Question], folder: Pat
     return [question.right(output.outputs[0].token_ids) for question, output in zip(asked, outputs, strict=True)]
 
 
-def rows_of(found: Mapping[tuple[str, int, str], Sequence[bool]]) -> list[dict[str, Any]]:
-    """A row per setting, chunk and cache dtype, with the paired difference from 16 bits in points where these were measured.
+def rows_of(found: Mapping[Job, Sequence[bool]]) -> list[dict[str, Any]]:
+    """A row per engine, with the paired difference from 16 bits in points where these were measured. `recent` is None for caches
+    that are not packed.
 
     Args:
-        found: whether each question was answered rightly, by setting, chunk and cache dtype.
+        found: whether each question was answered rightly, by engine.
     """
     rows = []
-    for (setting, chunk, cache_dtype), right in found.items():
+    for job, right in found.items():
         row = {
-            "setting": setting, "chunk": chunk, "kv_cache_dtype": cache_dtype, "questions": len(right), "right": sum(right),
+            "setting": job.setting, "chunk": job.chunk, "kv_cache_dtype": job.cache_dtype,
+            "recent": vllm_recent.measured(job.cache_dtype, job.recent), "questions": len(right), "right": sum(right),
             "accuracy": sum(right) / len(right),
         }  # fmt: skip
-        base = found.get((setting, chunk, "auto"))
+        base = found.get(Job(job.setting, job.chunk, "auto"))
         paired: dict[str, float | None] = {"difference_points": None, "only_16bit_right": None, "only_this_right": None}
         if base is not None:
             pairs = list(zip(base, right, strict=True))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvturbo.bench import vllm_recent
+
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu", "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -86,19 +88,27 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Job:
-    """An engine: its model, its cache dtype, what is measured with it, and how many prompts a throughput is measured with."""
+    """An engine: its model, its cache dtype, what is measured with it, how many prompts a throughput is measured with, and how many
+    tokens its rings have, None for what they have untold.
+    """
 
     model: str
     cache_dtype: str
     measures: tuple[str, ...] = MEASURES
     prompts: int = 512
+    recent: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What its figures and its failure say of it."""
+        recent = vllm_recent.measured(self.cache_dtype, self.recent)
+        return {"model": self.model, "kv_cache_dtype": self.cache_dtype, "recent": recent}
 
     def options(self) -> dict[str, Any]:
         """Arguments of vllm.LLM beside the model; everything else is vLLM's default, the compilation level too."""
         return {
             "kv_cache_dtype": self.cache_dtype, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
             "gpu_memory_utilization": 0.9, "seed": 0, "max_model_len": max(LENGTHS),
-        }  # fmt: skip
+        } | vllm_recent.options(self.recent)  # fmt: skip
 
 
 def bf16_bytes_per_token(model: str) -> int:
@@ -114,6 +124,7 @@ def jobs(
     without: Mapping[str, Sequence[str]] = {},
     rounds: int = 1,
     prompts: int = 512,
+    recent: int | None = None,
 ) -> list[list[Job]]:
     """The engines of every process, one process per model and round; every other round runs backwards, so that drift hits all
     cache dtypes alike.
@@ -123,6 +134,7 @@ def jobs(
         without: measures that are left out, by cache dtype.
         rounds: how often.
         prompts: of every throughput.
+        recent: tokens of a ring in packed caches; None for what the engine has untold.
 
     Raises:
         ValueError: a name is unknown, or rounds is below 1.
@@ -141,29 +153,38 @@ def jobs(
 
     def job(model: str, cache_dtype: str) -> Job:
         kept = (name for name in MEASURES if name in measures and name not in without.get(cache_dtype, ()))
-        return Job(model, cache_dtype, tuple(kept), prompts)
+        [size] = vllm_recent.asked(cache_dtype, [recent])
+        return Job(model, cache_dtype, tuple(kept), prompts, size)
 
     orders = [cache_dtypes, tuple(reversed(cache_dtypes))]
     return [[job(model, name) for name in orders[number % 2]] for number in range(rounds) for model in models]
 
 
 def rows_of(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per figure, model and cache dtype: the median of its runs, and it over the baselines' (None where these are missing).
+    """A row per figure, model, cache dtype and size of rings: the median of its runs, and it over the baselines' (None where
+    these are missing).
 
     Args:
-        values: of every run: `model`, `kv_cache_dtype`, `what`, `value`, `unit`.
+        values: of every run: `model`, `kv_cache_dtype`, `recent`, `what`, `value`, `unit`.
     """
-    runs: dict[tuple[str, str, str], list[float]] = {}
+    runs: dict[tuple[str, str, str, int | None], list[float]] = {}
     units: dict[str, str] = {}
     for value in values:
-        key = value["what"], value["model"], value["kv_cache_dtype"]
+        key = value["what"], value["model"], value["kv_cache_dtype"], value["recent"]
         runs.setdefault(key, []).append(float(value["value"]))
         units[value["what"]] = value["unit"]
     medians = {key: statistics.median(found) for key, found in runs.items()}
     rows = []
-    for (what, model, cache_dtype), median in medians.items():
-        row = {"what": what, "model": model, "kv_cache_dtype": cache_dtype, "value": median, "unit": units[what]}
-        bases = {name: medians.get((what, model, baseline)) for name, baseline in BASELINES.items()}
+    for (what, model, cache_dtype, recent), median in medians.items():
+        row = {
+            "what": what,
+            "model": model,
+            "kv_cache_dtype": cache_dtype,
+            "recent": recent,
+            "value": median,
+            "unit": units[what],
+        }
+        bases = {name: medians.get((what, model, baseline, None)) for name, baseline in BASELINES.items()}
         rows.append(row | {name: median / base if base else None for name, base in bases.items()})
     return rows
 

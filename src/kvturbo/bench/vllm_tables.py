@@ -9,6 +9,8 @@ from kvturbo.eval.report import markdown_table, not_measured
 
 Report = dict[str, Any]
 Row = dict[str, Any]
+Cache = tuple[str, int | None]
+"""A cache dtype, and tokens of a ring: None where there are no rings, or a file is from before there were any."""
 SERVING_SCRIPT, RETRIEVAL_SCRIPT = "benchmarks/vllm_serving.py", "benchmarks/vllm_retrieval.py"
 RECENT_SCRIPT = "benchmarks/recent.py"
 NAMES = {"auto": "16 bits", "fp8": "`fp8`"}
@@ -30,15 +32,15 @@ def conditions(report: Report) -> str:
     )
     most = max(_runs(report).values())
     text += f" {'Single runs' if most == 1 else f'Medians of up to {most} runs'}."
-    for name, model in dict.fromkeys((failure["kv_cache_dtype"], failure["model"]) for failure in report["failed"]):
-        text += f" `{name}` failed with {model}."
+    for cache, model in dict.fromkeys((_cache(failure), failure["model"]) for failure in report["failed"]):
+        text += f" {_flag(cache)} failed with {model}."
     return text
 
 
-def _runs(report: Report) -> Mapping[tuple[str, str, str], int]:
-    counts: dict[tuple[str, str, str], int] = {}
+def _runs(report: Report) -> Mapping[tuple[str, str, Cache], int]:
+    counts: dict[tuple[str, str, Cache], int] = {}
     for value in report["values"]:
-        key = value["what"], value["model"], value["kv_cache_dtype"]
+        key = value["what"], value["model"], _cache(value)
         counts[key] = counts.get(key, 0) + 1
     return counts
 
@@ -50,24 +52,36 @@ def brief(report: Report) -> str:
 
 
 def serving(report: Report) -> str:
-    """Every figure of every model, a column per cache dtype, and how much better `turboquant` is than 16 bits and fp8."""
+    """Every figure of every model, a column per cache dtype and size of rings, and how much better `turboquant` is than 16 bits and
+    fp8; with its largest rings, if there are several sizes.
+    """
     rows = report["rows"]
     if not rows:
         return not_measured(SERVING_SCRIPT)
-    dtypes = list(dict.fromkeys(row["kv_cache_dtype"] for row in rows))
-    dtypes = [name for name in NAMES if name in dtypes] + [name for name in dtypes if name not in NAMES]
+    caches = list(dict.fromkeys(_cache(row) for row in rows))
+    caches.sort(key=lambda cache: list(NAMES).index(cache[0]) if cache[0] in NAMES else len(NAMES))
+    ours = max((cache for cache in caches if cache[0] == OURS), key=lambda cache: cache[1] or 0, default=(OURS, None))
     header = (
         "model",
         "what",
-        *(NAMES.get(name, f"`{name}`") for name in dtypes),
+        *(NAMES.get(cache[0], _flag(cache)) for cache in caches),
         *(f"over {x}" for x in NAMES.values()),
     )
     cells = []
     for model, what in dict.fromkeys((row["model"], row["what"]) for row in rows):
-        found = {row["kv_cache_dtype"]: row for row in rows if (row["model"], row["what"]) == (model, what)}
-        times = (_better(found, name) for name in NAMES)
-        cells.append((model, what, *(_value(found.get(name)) for name in dtypes), *times))
+        found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
+        times = (_better(found.get(ours), found.get((name, None))) for name in NAMES)
+        cells.append((model, what, *(_value(found.get(cache)) for cache in caches), *times))
     return markdown_table(header, cells)
+
+
+def _cache(row: Row) -> Cache:
+    return row["kv_cache_dtype"], row.get("recent")
+
+
+def _flag(cache: Cache) -> str:
+    name, recent = cache
+    return f"`{name}`" + ("" if recent is None else f", `recent` {recent}")
 
 
 def _value(row: Row | None) -> str:
@@ -76,20 +90,21 @@ def _value(row: Row | None) -> str:
     return f"{row['value']:,.{2 if row['unit'] in SMALLER_IS_BETTER else 0}f} {row['unit']}"
 
 
-def _better(found: Mapping[str, Row], baseline: str) -> str:
+def _better(ours: Row | None, baseline: Row | None) -> str:
     """How many times as good ours is: more tokens, or less time or memory."""
-    if OURS not in found or baseline not in found:
+    if ours is None or baseline is None:
         return "-"
-    ours, base = found[OURS]["value"], found[baseline]["value"]
-    return f"{base / ours if found[OURS]['unit'] in SMALLER_IS_BETTER else ours / base:.2f}x"
+    value, base = ours["value"], baseline["value"]
+    return f"{base / value if ours['unit'] in SMALLER_IS_BETTER else value / base:.2f}x"
 
 
 def retrieval(report: Report) -> str:
-    """Right answers by setting and cache dtype, and what is said of how they were measured."""
+    """Right answers by setting, cache dtype and, where the file says it, size of rings; and how they were measured."""
+    rings = any("recent" in row for row in report["rows"])
     cells = [
         (
             row["setting"], f"{row['chunk']:,}", NAMES.get(row["kv_cache_dtype"], f"`{row['kv_cache_dtype']}`"),
-            f"{row['questions']:,}",
+            *(("-" if row["recent"] is None else str(row["recent"]),) if rings else ()), f"{row['questions']:,}",
             f"{100 * row['accuracy']:.1f} %", _points(row), _split(row),
         )
         for row in report["rows"]
@@ -100,6 +115,7 @@ def retrieval(report: Report) -> str:
         "setting",
         "chunk",
         "cache",
+        *(("`recent`",) if rings else ()),
         "questions",
         "right",
         "points from 16 bits",
