@@ -45,7 +45,7 @@ class Job:
 def jobs(
     settings: Sequence[str], chunks: Sequence[int], cache_dtypes: Sequence[str], recent: Sequence[int | None] = (None,)
 ) -> list[Job]:
-    """All engines, in the order in which they begin; packed caches have one for every size of rings.
+    """All engines, in the order in which they begin, one chunk after another; packed caches have one for every size of rings.
 
     Raises:
         ValueError: a setting is unknown, or a chunk has no tokens.
@@ -56,7 +56,7 @@ def jobs(
         raise ValueError(f"chunks must have at least 1 token, got {', '.join(map(str, chunks))}")
     return [
         Job(setting, chunk, cache_dtype, size)
-        for setting, chunk, cache_dtype in product(settings, chunks, cache_dtypes)
+        for chunk, setting, cache_dtype in product(chunks, settings, cache_dtypes)
         for size in vllm_recent.asked(cache_dtype, recent)
     ]
 
