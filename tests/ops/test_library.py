@@ -46,7 +46,7 @@ def test_schemas_and_fakes_describe_the_operations(backend: str, name: str) -> N
     # The other checks trace the operation as a caller would, which the compiled step below does too.
     how = {"raise_exception": True, "test_utils": SCHEMA_AND_FAKE if interpreted(backend) else ALL}
     torch.library.opcheck(
-        OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend), **how
+        OPS.store.default, (k, v, batch.pages.clone(), slots, *fmt_args(batch), channels, backend, None, None), **how
     )
     rings = torch.zeros(2, 2, 2, 8, 64, device=q.device), torch.tensor([3, -1], device=q.device)
     torch.library.opcheck(

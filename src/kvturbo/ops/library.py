@@ -10,6 +10,7 @@ from kvturbo.ops import backends
 from kvturbo.ops.recent import Recent
 
 
+# No default for recent_rows: torch 2.11 leaves out trailing arguments that equal their defaults and then looks for the mutated one.
 @torch.library.custom_op("kvturbo::store", mutates_args={"pages", "recent_rows"})
 def store(
     k: Tensor,
@@ -20,8 +21,8 @@ def store(
     seed: int,
     outlier_channels: Tensor | None,
     backend: str,
-    recent_rows: Tensor | None = None,
-    recent_slots: Tensor | None = None,
+    recent_rows: Tensor | None,
+    recent_slots: Tensor | None,
 ) -> None:
     """`kvturbo.ops.store`, the format by name. The backend is chosen when it runs, not when it is traced."""
     fmt = KVFormat.from_name(format_name, k.shape[-1], seed=seed)
@@ -39,8 +40,8 @@ def _(
     seed: int,
     outlier_channels: Tensor | None,
     backend: str,
-    recent_rows: Tensor | None = None,
-    recent_slots: Tensor | None = None,
+    recent_rows: Tensor | None,
+    recent_slots: Tensor | None,
 ) -> None:
     return None
 
