@@ -31,4 +31,4 @@ def test_a_large_batch(gpu: torch.device) -> None:
     engine = engine_of(kernel_on(gpu), load, 3, count=256, device=gpu)
     for _ in range(60):
         engine.step()
-    assert engine.seen["kept"] > 2000, engine.seen
+    assert engine.seen["kept"] > 500, engine.seen
