@@ -54,6 +54,7 @@ from vllm_engines import (  # noqa: E402
     sensible,
     serving,
 )
+from vllm_reference import same_text_as_reference  # noqa: E402
 from vllm_runner import Result, plug_in, run_beside  # noqa: E402
 
 ALONE = ("speed", "tensor_parallel")
@@ -240,6 +241,7 @@ for name, model in {
 
 
 CHECKS["rings"] = fewer_regrets_with_rings
+CHECKS["same_text_as_reference"] = same_text_as_reference
 
 
 @check
