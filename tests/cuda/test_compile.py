@@ -25,7 +25,7 @@ TYPES = (BF16, FP16, FP32)
 PLAIN = {"schedule": variants.FOLDER / "schedule.cu", "rings": rings.SOURCE}
 OTHER_ARCHITECTURES = ("sm_80", "sm_89", "sm_100a", "sm_120a")
 TOLERATED_SPILLS: dict[str, int] = {
-    "sm_90a-decode-k4v3-112-32-float16-float16-16": 80,
+    "sm_90a-decode-k4v3-112-32-float16-float16-16": 160,
     "sm_90a-decode-k8v4-96-64-float32-bfloat16-16": 72,
 }
 """Bytes of spill stores by the kernel's label: decode with four tiles of rows needs a few registers more

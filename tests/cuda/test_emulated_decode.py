@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,9 +211,9 @@ def test_a_ragged_batch_in_pieces(run: Runner) -> None:
 
 def pieces(plan: Tensor) -> int:
     """How many chunks begin inside a task."""
-    big, total = int(plan[0]), int(plan[2])
+    big, total, lead = int(plan[0]), int(plan[2]), int(plan[5])
     records = plan[8 : int(plan[4])].view(-1, 8)[:CTAS].tolist()
-    return sum((c * big - r[1]) % r[2] != 0 for c, r in enumerate(records) if c * big < total)
+    return sum((c * big - r[1]) % (r[2] + lead) > lead for c, r in enumerate(records) if c * big < total)
 
 
 RECENT_CASES = (
@@ -307,13 +308,32 @@ def test_a_nan_scale_makes_exactly_the_rows_that_see_it_nan(run: Runner, side: S
     assert out[sorted(bad)].isnan().all()
 
 
-@pytest.mark.parametrize("kernel", [CASES[3]], ids=lambda case: case.label, indirect=True)
+@pytest.mark.parametrize("kernel", [CASES[0]], ids=lambda case: case.label, indirect=True)
 def test_chunks_drawn_by_ticket_give_the_same_bits_in_any_order(run: Runner) -> None:
     run.ctas = 2
-    batch = run.batch([3600, 3300, 3500, 3400])
+    batch = run.batch([3600] * 4)
     run.check(run.queries(batch), batch)
     big, small, total = run.plan[:3].tolist()
     assert -(-(total - 2 * big) // small) >= 2, "too few chunks are left to be drawn"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kernel", [CASES[0], CASES[3], RECENT_CASES[1]], ids=lambda case: case.label, indirect=True)
+def test_long_batches_in_weighted_shares(run: Runner, seed: int) -> None:
+    rng = random.Random(seed)
+    run.ctas = 2
+    lengths = [rng.choice([0, 1, rng.randrange(3000), rng.randrange(3000, 6000)]) for _ in range(rng.randrange(2, 6))]
+    lengths = [4700] * 4 if seed % 3 == 0 and run.case.variant.row_tiles > 1 else [*lengths, 5000, 4500]
+    batch = run.batch(lengths)
+    options: dict[str, Any] = {"window": rng.choice([None, None, 4800])}
+    if run.case.queries > 1:
+        options["q_lens"] = [rng.randint(0, min(3, n)) for n in lengths]
+    q = run.queries(batch)
+    if run.case.ring:
+        counts = [rng.randint(0, min(run.case.ring, n)) for n in lengths]
+        options["recent"] = rings(batch, counts, run.case.ring, q.dtype)
+    run.check(q, batch, **options)
+    assert run.plan[5] > 0, "no task has a lead"
 
 
 @pytest.mark.parametrize("kernel", [CASES[1]], ids=lambda case: case.label, indirect=True)

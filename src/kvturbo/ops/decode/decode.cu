@@ -28,7 +28,8 @@ constexpr int STAGE = (PAGES * STRIDE + 127) / 128 * 128;
 constexpr int RING = NB * STAGE, LINE = D + 8, RESULTS = NW * ROWS * LINE * 4;
 constexpr int QUERIES_AT = ((RING > RESULTS ? RING : RESULTS) + 15) / 16 * 16;
 constexpr int OWN = (NB + NW - 1) / NW;     // stages that a warp fills first, at most
-constexpr int PART = ROWS * (D + 2);        // floats of a partial result: O, then m and l per row
+constexpr int RESULT = ROWS * (D + 2);      // floats of a partial result: O, then m and l per row
+constexpr int PART = (RECENT ? 2 : 1) * RESULT;  // of a piece: that of its pages, then that of the newest tokens
 constexpr int E = (D + 31) / 32;            // channels per lane in the row-wise passes
 constexpr bool FOLDED = OUTLIERS == 0;     // the query's scale is applied with the exponential
 constexpr float Q_MAX = 32639.f;            // 256 * 127 + 127: hi and lo are signed bytes
@@ -256,8 +257,11 @@ struct Task {
 };
 
 struct Plan {  // see schedule.cu
-  int big, small, total, rows, ctas;
-  DEV Plan(const Params& p) : ctas(gridDim.x) { const int4 x = *(const int4*)p.plan; big = x.x; small = x.y; total = x.z; rows = x.w; }
+  int big, small, total, rows, ctas, lead;
+  DEV Plan(const Params& p) : ctas(gridDim.x), lead(p.plan[5]) {
+    const int4 x = *(const int4*)p.plan;
+    big = x.x; small = x.y; total = x.z; rows = x.w;
+  }
   DEV int large() const { return big * ctas; }
   DEV int drawn() const { return total > large() ? (total - large() + small - 1) / small : 0; }  // small chunks, handed out by ticket
   DEV int start(int chunk) const { return chunk < ctas ? chunk * big : large() + (chunk - ctas) * small; }
@@ -272,8 +276,8 @@ struct Place {  // of a CTA in its chunks
   DEV void read_record(const Params& p) { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); }
   DEV int q_len() const { return RECENT ? r1.z & 255 : r1.z; }
   DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * q_len() + ROWS - 1) / ROWS); }
-  DEV void next_task(const Params& p) {
-    if (++r0.w, at < r0.y + r0.z * tasks(p)) return;
+  DEV void next_task(const Params& p, int lead) {
+    if (++r0.w, at < r0.y + (r0.z + lead) * tasks(p)) return;
     const int* cum = p.plan + p.plan[4];
     const int* q_rows = cum + p.batch + 1;
     int b = r0.x + 1;
@@ -285,7 +289,7 @@ struct Place {  // of a CTA in its chunks
     r1.w = p.seq_starts ? p.seq_starts[b] : 0;
     r0.x = b;
     r0.y = cum[b];
-    r0.z = (cum[b + 1] - cum[b]) / tasks(p);
+    r0.z = (cum[b + 1] - cum[b]) / tasks(p) - lead;
     r0.w = 0;
   }
 };
@@ -298,7 +302,7 @@ struct Piece {
   int start, slot0, pages;       // first position that may be seen, the first step's first slot, pages of the task
   const int* table;              // of the task's first page
   const u8* head_pages;
-  DEV Piece(const Params& p, const Place& x) {
+  DEV Piece(const Params& p, const Place& x, int lead) {
     const int4 r0 = x.r0, r1 = x.r1;
     k.sequence = r0.x;
     k.length = r1.x;
@@ -307,11 +311,11 @@ struct Piece {
     k.recent = RECENT ? r1.z >> 8 : 0;
     start = min(r1.w, k.length);  // it may lie anywhere beyond the end
     steps = r0.z;
-    begin = r0.y + r0.w * steps;
+    begin = r0.y + r0.w * (steps + lead) + lead;
     const int blocks = (GROUP * k.q_len + ROWS - 1) / ROWS;
     k.head = blocks == 1 ? r0.w : r0.w / blocks;
     k.row0 = (r0.w - k.head * blocks) * ROWS;
-    s0 = x.at - begin;
+    s0 = max(x.at - begin, 0);
     s1 = min(x.stop - begin, steps);
     const int page0 = max(0, max((k.length + STEP - 1) / STEP, 1) - steps) * PAGES;
     slot0 = page0 * PAGE;
@@ -556,13 +560,8 @@ struct Rows {
   }
 };
 
-// Rotates and quantises the task's queries, a warp per row. The newest tokens will be wanted at the task's end.
-DEV void put_queries(const Params& p, const Task& k, bool ends, Rows& rows, Queries& q, float* buf, int warp, int lane) {
-#if RECENT
-  constexpr int RING = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2);
-  if (ends && warp == NW - 1 && k.recent)
-    for (int at = lane * 128; at < RING; at += 32 * 128) prefetch((const u8*)p.recent + ((i64)rows.ring * p.kv_heads + k.head) * RING + at);
-#endif
+// Rotates and quantises the task's queries, a warp per row.
+DEV void put_queries(const Params& p, const Task& k, Rows& rows, Queries& q, float* buf, int warp, int lane) {
   constexpr int MINE = Rows::MINE;
   float (&x)[MINE][E] = rows.x;
 #if OUTLIERS
@@ -612,80 +611,131 @@ DEV void make_query(const Params& p, const Task& k, int start, const Queries& sh
 }
 
 #if RECENT
-// A row's attention to the newest tokens, whose raw keys and values lie beside the pages; a warp per row, a lane per token.
+// A row's attention to its sequence's newest tokens, whose raw keys and values lie beside the pages, so that it need not be rotated. It is
+// computed where the last piece of the task begins, while that one's first pages are on their way, and joined when the row is finished.
+// A warp per row; a lane has four neighbouring channels of 128, then a token's score. Per row with 16 tokens of 128: 32 loads and 450
+// instructions. Loops over more than 16 tokens are not unrolled: their loads would take registers that spill.
 struct Newest {
-  float weight;      // of this lane's token, relative to the row's top
-  int from, to, at;  // the tokens that the row sees, counted from the first; its place among the raw ones
+  static constexpr int QUADS = (D + 127) / 128, BATCH = RECENT < 16 ? RECENT : 16, BATCHES = RECENT / BATCH;
+  int from, to, at;  // the tokens that the row sees, counted from the first; the first one's place
   i64 keys;          // where the sequence's keys lie, in elements; values follow
-  DEV bool sees(int i) const { return i >= from && i < to; }
-  DEV float element(const Params& p, int side, int i, int e, int lane) const {  // 0 of a token that the row does not see
-    return sees(i) && 32 * e + lane < D ? load_element<Q_TYPE>(p.recent, keys + (side + (at + i) % RECENT) * D + 32 * e + lane) : 0.f;
+  DEV bool sees(int place) const { const int i = (place - at) & (RECENT - 1); return i >= from && i < to; }
+  DEV void load(const Params& p, int place, int lane, float (&x)[QUADS][4]) const {  // zeros of a token that the row does not see
+    const bool seen = sees(place & (RECENT - 1));
+    UNROLL for (int e = 0; e < QUADS; e++) {
+      const int c = 128 * e + 4 * lane;
+      UNROLL for (int j = 0; j < 4; j++) x[e][j] = 0;
+      if (seen && c < D) load4<Q_TYPE>(p.recent, keys + place * D + c, x[e]);
+    }
   }
-  // The scores join the row's top and sum; returns what the rest of the row is multiplied with.
-  DEV float join(const Params& p, const Task& k, i64 row, int query, float& top, float& sum, int lane) {
-    const int newest = k.position(query);
+  template <int N> static DEV void halve(float* x, int lane) {  // 2 N numbers per lane to N: a lane with N in its number gets the upper ones
+    UNROLL for (int i = 0; i < N; i++) {
+      const bool upper = lane & N;
+      const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + N], N);
+      x[i] = (upper ? x[i + N] : x[i]) + other;
+    }
+    if constexpr (N > 1) halve<N / 2>(x, lane);
+  }
+  static DEV float sums(float (&x)[BATCH], int lane) {  // over all lanes of BATCH numbers each: number lane % BATCH
+    halve<BATCH / 2>(x, lane);
+    UNROLL for (int h = BATCH; h < 32; h *= 2) x[0] += __shfl_xor_sync(~0u, x[0], h);
+    return x[0];
+  }
+  DEV float score(const Params& p, i64 row, int lane) const {  // of the token at place lane % RECENT, -INF of one that the row does not see
+    float q[QUADS][4];
+    UNROLL for (int e = 0; e < QUADS; e++) {
+      UNROLL for (int j = 0; j < 4; j++) q[e][j] = 0;
+      if (128 * e + 4 * lane < D) load4<Q_TYPE>(p.q, row * D + 128 * e + 4 * lane, q[e]);
+    }
+    float mine = 0;
+#pragma unroll 1
+    for (int b = 0; b < BATCHES; b++) {
+      float x[BATCH];
+      UNROLL for (int i = 0; i < BATCH; i++) {
+        float key[QUADS][4];
+        load(p, b * BATCH + i, lane, key);
+        x[i] = 0;
+        UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) x[i] = fmaf(q[e][j], key[e][j], x[i]);
+      }
+      const float sum = sums(x, lane);
+      if (lane / BATCH % BATCHES == b) mine = sum;
+    }
+    mine = fabsf(mine) < INF ? mine * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
+    if (p.soft_cap > 0) mine = p.soft_cap * tanh_exact(mine / p.soft_cap);
+    return sees(lane & (RECENT - 1)) ? mine : -INF;
+  }
+  DEV void put_row(const Params& p, const Task& k, int r, float* part, int lane) {
+    const int R = k.row0 + r, qi = R / GROUP, newest = k.position(qi);
+    const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + k.head * GROUP + R % GROUP;
     int first = p.seq_starts ? min(p.seq_starts[k.sequence], newest + 1) : 0;
     if (p.window > 0) first = max(first, newest - p.window + 1);
     from = max(first - k.length, 0);
     to = newest - k.length + 1;
-    at = k.length % RECENT;
-    keys = ((i64)p.recent_slots[k.sequence] * p.kv_heads + k.head) * (2 * RECENT * D);
-    float q[E], score = -INF;
-    UNROLL for (int e = 0; e < E; e++) q[e] = 32 * e + lane < D ? load_element<Q_TYPE>(p.q, row * D + 32 * e + lane) : 0.f;
-#pragma unroll 4
-    for (int i = 0; i < RECENT; i++) {  // all of them: a loop of unknown length would make the warp's lanes part, for the compiler
-      float s = 0;
-      UNROLL for (int e = 0; e < E; e++) s = fmaf(q[e], element(p, 0, i, e, lane), s);
-      UNROLL for (int h = 16; h; h /= 2) s += __shfl_xor_sync(~0u, s, h);
-      s = fabsf(s) < INF ? s * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
-      if (lane == i && sees(i)) score = s;
-    }
-    if (p.soft_cap > 0 && sees(lane)) score = p.soft_cap * tanh_exact(score / p.soft_cap);
-    float next = score;
-    UNROLL for (int h = 16; h; h /= 2) next = max_nan(next, __shfl_xor_sync(~0u, next, h));
-    next = max_nan(next, top);
-    const float keep = ex2(top - next);
-    weight = ex2(score - next);
-    float all = weight;
-    UNROLL for (int h = 16; h; h /= 2) all += __shfl_xor_sync(~0u, all, h);
-    sum = sum * keep + all;
-    top = next;
-    return keep;
-  }
-  DEV void add_values(const Params& p, float scale, float* x, int lane) const {
-    bool finite = true;
-#pragma unroll 4
+    const float s = score(p, row, lane);
+    float top = s;
+    UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
+    top = max_nan(top, EMPTY);
+    const float weight = ex2(s - top);
+    float sum = lane < RECENT ? weight : 0;
+    UNROLL for (int h = 16; h; h /= 2) sum += __shfl_xor_sync(~0u, sum, h);
+    float o[QUADS][4];
+    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = 0;
+#pragma unroll BATCH
     for (int i = 0; i < RECENT; i++) {
-      const float w = __shfl_sync(~0u, weight, i) * scale;
-      UNROLL for (int e = 0; e < E; e++) {
-        const float value = element(p, RECENT, i, e, lane);
-        finite = finite && fabsf(value) < INF;
-        x[e] = fmaf(w, value, x[e]);
-      }
+      const float w = __shfl_sync(~0u, weight, i);
+      float value[QUADS][4];
+      load(p, RECENT + i, lane, value);
+      UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = fmaf(w, value[e][j], o[e][j]);
     }
-    const bool whole = __all_sync(~0u, finite);  // else the row is NaN, as one that sees a NaN scale
-    UNROLL for (int e = 0; e < E; e++) x[e] = whole ? x[e] : NOT_A_NUMBER;
+    bool finite = true;
+    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) finite = finite && fabsf(o[e][j]) < INF;
+    finite = __all_sync(~0u, finite);  // else the row is NaN, as one that sees a NaN scale
+    UNROLL for (int e = 0; e < QUADS; e++) {
+      UNROLL for (int j = 0; j < 4; j++) o[e][j] = finite ? o[e][j] : NOT_A_NUMBER;
+      if (128 * e + 4 * lane < D) store4<2>(part, r * D + 128 * e + 4 * lane, o[e]);
+    }
+    if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
+  }
+  // The rows of a task to memory. `ring`: the sequence's.
+  static DEV void put(const Params& p, const Task& k, int ring, float* part, int warp, int lane) {
+    Newest x;
+    x.at = k.length & (RECENT - 1);
+    x.keys = ((i64)ring * p.kv_heads + k.head) * (2 * RECENT * D);
+    const int used = min(ROWS, GROUP * k.q_len - k.row0);
+#pragma unroll 1
+    for (int r = warp; r < used; r += NW) x.put_row(p, k, r, part, lane);
+  }
+  static DEV void ask_for(const Params& p, const Task& k, int ring, int lane) {
+    constexpr int BYTES = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2);
+    for (int at = lane * 128; at < BYTES; at += 32 * 128) prefetch((const u8*)p.recent + ((i64)ring * p.kv_heads + k.head) * BYTES + at);
   }
 };
 #endif
 
-// Newest tokens, sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
-DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum, float (&x)[E], float* buf, int lane) {
+// Newest tokens (what they give lies at `newest`), sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
+DEV void finish_row(const Params& p, const Task& k, int r, const float* newest, float top, float sum, float (&x)[E], float* buf, int lane) {
   const int R = k.row0 + r, qi = R / GROUP;
   if (qi >= k.q_len) return;
   const int head = k.head * GROUP + R % GROUP;
   const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + head;
 #if RECENT
-  Newest newest;
-  const float keep = newest.join(p, k, row, qi, top, sum, lane);
-  UNROLL for (int e = 0; e < E; e++) x[e] *= keep;
+  float raw[E], raw_factor = 0;
+  UNROLL for (int e = 0; e < E; e++) raw[e] = k.recent && 32 * e + lane < D ? __ldcg(newest + r * D + 32 * e + lane) : 0.f;
+  {
+    const float raw_top = k.recent ? __ldcg(newest + ROWS * D + 2 * r) : EMPTY, raw_sum = k.recent ? __ldcg(newest + ROWS * D + 2 * r + 1) : 0.f;
+    const float next = max_nan(top, raw_top), keep = ex2(top - next);
+    raw_factor = ex2(raw_top - next);
+    sum = sum * keep + raw_sum * raw_factor;
+    UNROLL for (int e = 0; e < E; e++) x[e] *= keep;
+    top = next;
+  }
 #endif
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), f = ex2(top - next);
     sum = sum * f + ex2(sink - next);
     UNROLL for (int e = 0; e < E; e++) x[e] *= f;
 #if RECENT
-    newest.weight *= f;
+    raw_factor *= f;
 #endif
     top = next;
   }
@@ -693,7 +743,8 @@ DEV void finish_row(const Params& p, const Task& k, int r, float top, float sum,
   UNROLL for (int e = 0; e < E; e++) x[e] *= scale;
   if (ROTATE) { hadamard<32, 1, true>(x, buf, lane); flip_signs<32, 1>(x, p.signs, lane); }
 #if RECENT
-  newest.add_values(p, sum == 0 ? 0.f : 1 / sum, x, lane);  // no branch: the compiler must not think that lanes part here
+  raw_factor *= sum == 0 ? 0.f : 1 / sum;
+  UNROLL for (int e = 0; e < E; e++) x[e] = fmaf(raw[e], raw_factor, x[e]);
 #endif
   UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) store_element<OUT_TYPE>(p.out, row * D + 32 * e + lane, x[e]);
   if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
@@ -746,7 +797,7 @@ DEV void merge_warps(const Params& p, const Task& k, Shared& sh, const float* ro
     float top, sum, o[E];
     merge_row(NW, [&](int w, int c) { return rows[(w * ROWS + r) * LINE + c]; },
               [&](int w, int which) { return which ? sh.sum[w][r] : sh.top[w][r]; }, top, sum, o, lane);
-    if (whole) { finish_row(p, k, r, top, sum, o, buf, lane); continue; }
+    if (whole) { finish_row(p, k, r, part + RESULT, top, sum, o, buf, lane); continue; }
     UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) part[r * D + 32 * e + lane] = o[e];
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
   }
@@ -770,7 +821,7 @@ DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int
     float top, sum, o[E];
     merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
               [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
-    finish_row(p, k, r, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
+    finish_row(p, k, r, result(splits - 1) + RESULT, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
   }
 }
 
@@ -808,20 +859,28 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     k_table[i] = sh.tables[lane & 1][0][i];
     v_table[i] = K_BITS == V_BITS ? k_table[i] : sh.tables[lane & 1][1][i];
   }
-  Piece now(p, place);
+  const int zero = (int)(sh.lanes[lane].pick >> 31);  // in all lanes, which the compiler does not know: it would wait for page ids to make them uniform
+  Piece now(p, place, plan.lead);
   u32 ids[OWN][PAGES];
   ring.seek(warp);
   now.first_page_ids(warp, ids);
   Rows fetched;
   fetched.fetch(p, now.k, warp, lane);
   now.issue_first(ring, p, warp, ids);
-  bool draws = plan.drawn() && now.begin + now.s1 == place.stop;  // a ticket at the end of its chunk
+  bool draws = plan.drawn() && now.begin + now.s1 + plan.lead >= place.stop;  // a ticket at the end of its chunk
 
   for (bool more = true; more;) {
     int step = now.s0 + warp;
     u32 next[PAGES];
-    now.page_ids(step + NB, next);
-    put_queries(p, now.k, now.s1 == now.steps, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+    now.page_ids(step + NB + zero, next);
+#if RECENT
+    const bool newest = __shfl_sync(~0u, now.s1 == now.steps && now.k.recent, 0);  // known to the compiler as equal in all lanes
+    if (newest && warp == NW - 1) Newest::ask_for(p, now.k, fetched.ring, lane);
+#endif
+    put_queries(p, now.k, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
+#if RECENT
+    if (newest) Newest::put(p, now.k, fetched.ring, p.workspace + (i64)(2 * place.chunk + (now.s0 == 0)) * PART + RESULT, warp, lane);
+#endif
     if (threadIdx.x == 0) sh.place = place;  // rather than in registers during the steps
     __syncthreads();
     Query q;
@@ -857,7 +916,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
 #if EARLY
         __syncwarp();
         now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
-        now.page_ids(step + NB + NW, next);
+        now.page_ids(step + NB + NW + zero, next);
         ahead.wait<OWN - 1>();
 #else
         ahead.wait<OWN - 2>();
@@ -869,7 +928,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
 #if !EARLY
       __syncwarp();
       now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
-      now.page_ids(step + NB + NW, next);
+      now.page_ids(step + NB + NW + zero, next);
 #endif
       ring = ahead;
       step += NW;
@@ -879,13 +938,13 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     __syncthreads();
     place = sh.place;
     const Plan again(p);
-    const Piece done(p, place);
+    const Piece done(p, place, again.lead);
     const int first = again.chunk_of(done.begin), splits = again.chunk_of(done.begin + done.steps - 1) - first + 1;
     float* part = p.workspace + (i64)(2 * place.chunk + (done.s0 == 0)) * PART;
     place.before += done.s1 - done.s0;
     place.at = done.begin + done.s1;
-    if (place.at < place.stop) {
-      place.next_task(p);
+    if (place.at + again.lead < place.stop) {
+      place.next_task(p, again.lead);
     } else if (more = draws && sh.ticket < again.drawn(), more) {
       place.chunk = again.ctas + sh.ticket;
       place.at = again.start(place.chunk);
@@ -897,7 +956,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       if (g == 0) { sh.top[warp][4 * m + t] = x.top[m]; sh.sum[warp][4 * m + t] = sum; }
       UNROLL for (int n = 0; n < UNITS; n++) rows[(warp * ROWS + 4 * m + t) * LINE + 8 * n + g] = x.acc[m][n] + half;
     }
-    if (more) now = Piece(p, place);
+    if (more) now = Piece(p, place, again.lead);
     __syncthreads();
     if (more) { now.first_page_ids(warp, ids); fetched.fetch(p, now.k, warp, lane); }
     merge_warps(p, done.k, sh, rows, part, splits == 1, warp, lane);
@@ -908,7 +967,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
       __syncthreads();
       ring.seek(place.before + warp);
       now.issue_first(ring, p, warp, ids);
-      draws = again.drawn() && now.begin + now.s1 == place.stop;
+      draws = again.drawn() && now.begin + now.s1 + again.lead >= place.stop;
     }
     if (splits > 1) merge_pieces(p, done.k, sh, first, splits, warp, lane);
   }

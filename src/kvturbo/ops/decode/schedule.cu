@@ -4,15 +4,15 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Chunk c < ctas is CTA c's own: `big` steps, an even share or, where the work is long, 92 % of one (97 % for more than 8 rows). The rest
-// is cut into up to SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they do not finish together. Where all
-// tasks are equally long, chunks are whole tasks or equal parts of one if that costs little. Borders depend on lengths only, never on
-// timing.
+// Chunk c < ctas is CTA c's own: `big` steps. Where the work is long and tasks differ, or several tiles of rows make a step heavy, it is an even
+// share in which the beginning of a task, its queries and its merge, counts as `lead` steps: before every task's steps lie `lead` places of
+// the row in which there is nothing to do. Where tasks are alike and steps light it is 92 % of a share in whole tasks, or in equal parts of
+// one, if that costs little; the rest is cut into up to SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they
+// do not finish together. Borders depend on lengths only, never on timing.
 //
-// plan: [0] big, [1] small, [2] steps in all, [3] rows of q in use, [4] where `cum` lies, [8 ..] a record of 8 ints per chunk (first
-// sequence, steps before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and 256 times its tokens
-// beyond that length, start), then cum: steps before each
-// sequence (batch + 1) and rows of q before each sequence (batch + 1).
+// plan: [0] big, [1] small, [2] places in all, [3] rows of q in use, [4] where `cum` lies, [5] lead, [8 ..] a record of 8 ints per chunk (first
+// sequence, places before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and 256 times its
+// tokens beyond that length, start), then cum: places before each sequence (batch + 1) and rows of q before each sequence (batch + 1).
 typedef long long i64;
 
 __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
@@ -33,6 +33,8 @@ __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
 }
 
 constexpr int SMALL_PER_CTA = 2;
+constexpr int LEAD = 12, HEAVY_LEAD = 16;  // steps' worth of time; with several tiles of rows
+constexpr int TICKET = 8;                  // steps of a small chunk, times min_chunk
 
 struct Params {
   const int *seq_lens, *q_lens, *seq_starts, *recent_counts;  // [batch]; all but the first may be null
@@ -50,39 +52,52 @@ __device__ int steps_of(const Params& p, int b, int q_len) {
   return max(1, (length + p.step - 1) / p.step - seen / p.step);
 }
 
+__device__ int tasks_of(const Params& p, int q_len) { return p.kv_heads * ((p.group * q_len + p.rows - 1) / p.rows); }
+
 extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
-  __shared__ int warps[32], s_longest, s_tasks;
+  __shared__ int warps[32], s_longest, s_tasks, s_total;
   const int batch = p.batch, ctas = p.ctas, chunks = (1 + SMALL_PER_CTA) * ctas;
   int* cum = p.plan + 8 + 8 * chunks;
   int* q_rows = cum + batch + 1;
-  if (threadIdx.x == 0) { cum[0] = q_rows[0] = 0; s_longest = 1; s_tasks = 0; }
+  if (threadIdx.x == 0) { cum[0] = q_rows[0] = s_total = s_tasks = 0; s_longest = 1; }
   __syncthreads();
-  int total = 0, used = 0;
+  for (int b = threadIdx.x; b < batch; b += 1024) {
+    const int q_len = p.q_lens ? p.q_lens[b] : 1, tasks = tasks_of(p, q_len);
+    if (!tasks) continue;
+    const int steps = steps_of(p, b, q_len);
+    atomicMax(&s_longest, steps);
+    atomicAdd(&s_tasks, tasks);
+    atomicAdd(&s_total, tasks * steps);
+  }
+  __syncthreads();
+  const int longest = s_longest, tasks = s_tasks, mean = (s_total + ctas - 1) / ctas;
+  const bool even = (i64)tasks * longest == s_total;  // all tasks are equally long
+  const bool lengthy = mean >= 32 * p.min_chunk && longest <= 8 * mean;
+  const int lead = !lengthy ? 0 : p.rows > 4 ? HEAVY_LEAD : even ? 0 : LEAD, total = s_total + tasks * lead;
+  int big = max(mean, min(p.min_chunk, longest)), small = 1;
+  if (lead) {
+    big = (total + ctas - 1) / ctas;
+  } else if (lengthy) {
+    big = mean * 92 / 100;
+    if (big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
+    small = max(TICKET * p.min_chunk, (total - big * ctas + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
+  } else if (even) {
+    for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)
+      if (longest % n == 0) { big = longest / n; break; }
+  }
+  int before = 0, used = 0;
   for (int b0 = 0; b0 < batch; b0 += 1024) {
-    const int b = b0 + threadIdx.x, q_len = b < batch ? p.q_lens ? p.q_lens[b] : 1 : 0;
-    const int tasks = p.kv_heads * ((p.group * q_len + p.rows - 1) / p.rows), steps = tasks ? steps_of(p, b, q_len) : 0;
-    if (steps) { atomicMax(&s_longest, steps); atomicAdd(&s_tasks, tasks); }
+    const int b = b0 + threadIdx.x, q_len = b < batch ? p.q_lens ? p.q_lens[b] : 1 : 0, n = tasks_of(p, q_len);
     int sum, sum_rows;
-    const int before = scan(tasks * steps, warps, sum), before_rows = scan(q_len, warps, sum_rows);
-    if (b < batch) { cum[b + 1] = total + before; q_rows[b + 1] = used + before_rows; }
-    total += sum;
+    const int upto = scan(n ? n * (steps_of(p, b, q_len) + lead) : 0, warps, sum), rows = scan(q_len, warps, sum_rows);
+    if (b < batch) { cum[b + 1] = before + upto; q_rows[b + 1] = used + rows; }
+    before += sum;
     used += sum_rows;
   }
   __syncthreads();
-  const int longest = s_longest, least = min(p.min_chunk, longest), mean = (total + ctas - 1) / ctas;
-  const bool even = (i64)s_tasks * longest == total;  // all tasks are equally long
-  int big = max(mean, least), small = 1;
-  if (even)
-    for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)
-      if (longest % n == 0) { big = longest / n; break; }
-  if (mean >= 32 * p.min_chunk && longest <= 8 * mean) {
-    const bool heavy = p.rows > 8;  // a step of so many rows takes so long that fewer of them need be drawn, in smaller chunks
-    big = mean * (heavy ? 97 : 92) / 100;
-    if (even && big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
-    const int rest = total - big * ctas;
-    small = max((heavy ? 4 : 8) * p.min_chunk, (rest + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
+  if (threadIdx.x == 0) {
+    p.plan[0] = big; p.plan[1] = small; p.plan[2] = total; p.plan[3] = used; p.plan[4] = 8 + 8 * chunks; p.plan[5] = lead;
   }
-  if (threadIdx.x == 0) { p.plan[0] = big; p.plan[1] = small; p.plan[2] = total; p.plan[3] = used; p.plan[4] = 8 + 8 * chunks; }
   for (int c = threadIdx.x; c < chunks; c += 1024) {
     const int at = c < ctas ? c * big : ctas * big + (c - ctas) * small;
     if (at >= total) continue;
@@ -93,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
     record[0] = low;
     record[1] = cum[low];
     record[2] = steps_of(p, low, q_len);
-    record[3] = (at - cum[low]) / record[2];
+    record[3] = (at - cum[low]) / (record[2] + lead);
     const int recent = recent_of(p, low);
     record[4] = p.seq_lens[low] - recent;
     record[5] = q_rows[low];

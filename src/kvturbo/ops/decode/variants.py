@@ -57,8 +57,8 @@ class Variant:
 
     @property
     def partial_floats(self) -> int:
-        """Floats of a partial result: the output and two numbers per row."""
-        return self.rows * (self.fmt.head_dim + 2)
+        """Floats of a piece's partial results, of its pages and of the newest tokens: the output and two numbers per row."""
+        return (2 if self.recent else 1) * self.rows * (self.fmt.head_dim + 2)
 
     @property
     def shared_bytes(self) -> int:
