@@ -8,6 +8,9 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,48 @@ def test_two_processes_that_compile_at_once_get_the_same_code(folder: Path) -> N
     code = jit.compiled(SOURCE, "sm_90a", {"FACTOR": 2})
     assert {out.strip() for out, _ in outputs} == {code.hex()}
     assert len(list(folder.iterdir())) == 1
+
+
+HALF_MADE = "import time\n__spec__ = None  # as cuda.core does it: others take the module for whole from here on\ntime.sleep(0.5)\n"
+STAND_INS = {
+    "cuda": "",
+    "cuda.core": f"""{HALF_MADE}
+class ProgramOptions:
+    def __init__(self, **options): pass
+class Program:
+    def __init__(self, source, language, options): self.code = source.encode()
+    def compile(self, target, logs): return self
+""",
+    "cuda.bindings": "",
+    "cuda.bindings.nvrtc": f"{HALF_MADE}def nvrtcVersion(): return 0, 13, 0",
+}
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Packages that nobody has imported yet, in place of cuda-core and cuda-bindings."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, source in STAND_INS.items():
+        path = tmp_path.joinpath("packages", *name.split("."), "__init__.py")
+        path.parent.mkdir(parents=True)
+        path.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    jit._nvrtc_version.cache_clear()
+    yield
+    jit._nvrtc_version.cache_clear()
+    for name in STAND_INS:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_threads_that_are_the_first_to_compile_find_whole_packages() -> None:
+    def code_of(number: int) -> bytes:
+        time.sleep(0.1 * number)  # one after another, while a package is being made
+        return jit.compiled(f"source {number}", "sm_90a", {})
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(code_of, range(4))) == [f"source {number}".encode() for number in range(4)]
 
 
 def test_the_folder_is_private_and_so_are_the_files(folder: Path) -> None:

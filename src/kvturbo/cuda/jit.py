@@ -13,17 +13,29 @@ import os
 import stat
 import tempfile
 from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 _DIGEST_BYTES = 32
+_importing = Lock()
 _log = logging.getLogger(__name__)
 
 
 class CudaError(RuntimeError):
     """A CUDA driver call failed; the message names the call and the error."""
+
+
+def cuda_module(name: str) -> Any:
+    """A module of cuda-core or cuda-bindings, which one thread at a time imports.
+
+    cuda.core puts another module's `__spec__` in the place of its own while it is made, so that a second thread takes it for whole.
+    """
+    with _importing:
+        return import_module(name)
 
 
 def arch_of(device: torch.device) -> str:
@@ -73,9 +85,8 @@ def compile_source(source: str, arch: str, macros: dict[str, int | str]) -> tupl
     """
     import io
 
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
+    core = cuda_module("cuda.core")
+    options = core.ProgramOptions(
         arch=arch,
         std="c++17",
         use_fast_math=True,
@@ -83,7 +94,7 @@ def compile_source(source: str, arch: str, macros: dict[str, int | str]) -> tupl
         define_macro=[(name, str(value)) for name, value in macros.items()] or None,
     )
     report = io.StringIO()
-    code = Program(source, "c++", options).compile("cubin", logs=report).code
+    code = core.Program(source, "c++", options).compile("cubin", logs=report).code
     return bytes(code), report.getvalue().rstrip("\0")
 
 
@@ -137,8 +148,7 @@ class Kernel:
     """
 
     def __init__(self, code: bytes, name: str, device: torch.device, shared_bytes: int = 0) -> None:
-        from cuda.bindings import driver
-
+        driver = cuda_module("cuda.bindings.driver")
         self._driver, self._device, self.shared_bytes = driver, device.index, shared_bytes
         self._current_device, self._launch = torch._C._cuda_getDevice, driver.cuLaunchKernel
         with torch.cuda.device(device):  # a function belongs to the context that is current when it is asked for
@@ -168,9 +178,7 @@ class Kernel:
 
 @lru_cache(maxsize=1)
 def _nvrtc_version() -> tuple[int, int]:
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
+    _, major, minor = cuda_module("cuda.bindings.nvrtc").nvrtcVersion()
     return major, minor
 
 
