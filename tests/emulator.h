@@ -218,7 +218,6 @@ static unsigned short float_to_bf16(float x) {
 }
 static float max_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? b : a; }
 static float half_at(const unsigned char* at) { _Float16 h; memcpy(&h, at, 2); return (float)h; }
-static void prefetch(const void*) {}
 static float ex2(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0 : y;

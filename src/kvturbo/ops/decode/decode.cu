@@ -73,7 +73,6 @@ DEV bool elect() {  // one lane of the warp, known to the compiler as such
   return (threadIdx.x & 31) == 0;
 #endif
 }
-DEV void prefetch(const void* at) { asm("prefetch.global.L2 [%0];" ::"l"(at)); }
 DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 // tanhf is tanh.approx under fast math, for which PTX promises 2^-11.
 DEV float tanh_exact(float x) { return 1.f - __fdividef(2.f, 1.f + ex2(x * 2.88539008f)); }
@@ -323,6 +322,7 @@ struct Piece {
     table = p.block_table + (i64)k.sequence * p.table_stride + page0;
     head_pages = p.pages + (i64)k.head * PAGE_BYTES;
   }
+  DEV bool ends_in_newest() const { return s1 == steps && k.recent; }
   DEV void page_ids(int step, u32 (&ids)[PAGES]) const {  // of a step; page 0 where it has none, whose slots are masked
     UNROLL for (int i = 0; i < PAGES; i++) ids[i] = step < s1 && step * PAGES + i < pages ? table[step * PAGES + i] : 0;
   }
@@ -518,6 +518,7 @@ struct Queries {
   u32 b[NT][KSTEPS + KTAIL][32][2], o[NT][OUTLIERS ? 32 : 1][2];
   float scale[ROWS], o_scale[ROWS], bias[ROWS];
 };
+constexpr int RAW_AT = (QUERIES_AT + (int)sizeof(Queries) + 15) / 16 * 16;  // the newest tokens' keys and values in shared memory
 
 DEV float warp_max(float x) {  // of values that are not negative; a NaN wins, as its bits are the largest
   return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
@@ -611,22 +612,45 @@ DEV void make_query(const Params& p, const Task& k, int start, const Queries& sh
 }
 
 #if RECENT
-// A row's attention to its sequence's newest tokens, whose raw keys and values lie beside the pages, so that it need not be rotated. It is
-// computed where the last piece of the task begins, while that one's first pages are on their way, and joined when the row is finished.
-// A warp per row; a lane has four neighbouring channels of 128, then a token's score. Per row with 16 tokens of 128: 32 loads and 450
-// instructions. Loops over more than 16 tokens are not unrolled: their loads would take registers that spill.
-struct Newest {
-  static constexpr int QUADS = (D + 127) / 128, BATCH = RECENT < 16 ? RECENT : 16, BATCHES = RECENT / BATCH;
-  int from, to, at;  // the tokens that the row sees, counted from the first; the first one's place
-  i64 keys;          // where the sequence's keys lie, in elements; values follow
-  DEV bool sees(int place) const { const int i = (place - at) & (RECENT - 1); return i >= from && i < to; }
-  DEV void load(const Params& p, int place, int lane, float (&x)[QUADS][4]) const {  // zeros of a token that the row does not see
-    const bool seen = sees(place & (RECENT - 1));
-    UNROLL for (int e = 0; e < QUADS; e++) {
-      const int c = 128 * e + 4 * lane;
-      UNROLL for (int j = 0; j < 4; j++) x[e][j] = 0;
-      if (seen && c < D) load4<Q_TYPE>(p.recent, keys + place * D + c, x[e]);
+// A row of raw elements: four neighbouring channels of 128 per lane, as they lie in memory; 0 beyond the last channel.
+struct Quads {
+  static constexpr int COUNT = (D + 127) / 128, WORDS = Q_TYPE == 2 ? 4 : 2;
+  u32 w[COUNT][WORDS];
+  DEV void load(const u32* row, int lane) {
+    UNROLL for (int e = 0; e < COUNT; e++) {
+      const u32* at = row + (32 * e + lane) * WORDS;
+      UNROLL for (int j = 0; j < WORDS; j++) w[e][j] = 0;
+      if (128 * e + 4 * lane >= D) continue;
+      if (WORDS == 4) { const uint4 x = *(const uint4*)at; w[e][0] = x.x; w[e][1] = x.y; w[e][WORDS - 2] = x.z; w[e][WORDS - 1] = x.w; }
+      else { const uint2 x = *(const uint2*)at; w[e][0] = x.x; w[e][1] = x.y; }
     }
+  }
+  DEV float at(int e, int j) const {
+    if (Q_TYPE == 2) return __uint_as_float(w[e][j % WORDS]);
+    const u32 x = w[e][j / 2];
+    if (Q_TYPE == 0) return __uint_as_float(j % 2 ? x & 0xffff0000u : x << 16);
+    const float2 f = half2_to_float2(x);
+    return j % 2 ? f.y : f.x;
+  }
+};
+
+// The attention of a task's rows to its sequence's newest tokens, whose raw keys and values lie beside the pages, so that they need not be
+// rotated. It is computed where the task's last piece begins, and joined when a row is finished. The keys and values of the sequence and head
+// are copied to shared memory before the piece's first pages, since a load behind these would wait for all of them. A warp per row as
+// in put_queries; a lane has four neighbouring channels of 128, then a token's score. With 16 tokens of 128 channels 450 instructions per row.
+struct Newest {
+  static constexpr int BYTES = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2), BATCH = 8;  // tokens at once; with more the compiler loads so many that it spills
+#if __CUDA_ARCH__ >= 900
+  static constexpr int BEHIND = 0;    // groups of copies that may be on their way still: pages come by bulk copies
+#else
+  static constexpr int BEHIND = OWN;  // the pages' groups
+#endif
+  static DEV void copy(const Params& p, const Task& k, int ring, u8* to) {
+    const u8* from = (const u8*)p.recent + ((i64)ring * p.kv_heads + k.head) * BYTES;
+    const u32 to0 = (u32)__cvta_generic_to_shared(to);
+    for (int at = threadIdx.x * 16; at < BYTES; at += NW * 32 * 16)
+      asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to0 + at), "l"(from + at) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
   }
   template <int N> static DEV void halve(float* x, int lane) {  // 2 N numbers per lane to N: a lane with N in its number gets the upper ones
     UNROLL for (int i = 0; i < N; i++) {
@@ -641,94 +665,102 @@ struct Newest {
     UNROLL for (int h = BATCH; h < 32; h *= 2) x[0] += __shfl_xor_sync(~0u, x[0], h);
     return x[0];
   }
-  DEV float score(const Params& p, i64 row, int lane) const {  // of the token at place lane % RECENT, -INF of one that the row does not see
-    float q[QUADS][4];
-    UNROLL for (int e = 0; e < QUADS; e++) {
-      UNROLL for (int j = 0; j < 4; j++) q[e][j] = 0;
-      if (128 * e + 4 * lane < D) load4<Q_TYPE>(p.q, row * D + 128 * e + 4 * lane, q[e]);
+  // Which tokens a row sees, by place among the raw ones.
+  struct Seen {
+    int from, to, at;
+    DEV Seen(const Params& p, const Task& k, int r) {
+      const int newest = k.position((k.row0 + r) / GROUP);
+      int first = p.seq_starts ? min(p.seq_starts[k.sequence], newest + 1) : 0;
+      if (p.window > 0) first = max(first, newest - p.window + 1);
+      from = max(first - k.length, 0);
+      to = newest - k.length + 1;
+      at = k.length;
     }
-    float mine = 0;
-#pragma unroll 1
-    for (int b = 0; b < BATCHES; b++) {
-      float x[BATCH];
-      UNROLL for (int i = 0; i < BATCH; i++) {
-        float key[QUADS][4];
-        load(p, b * BATCH + i, lane, key);
-        x[i] = 0;
-        UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) x[i] = fmaf(q[e][j], key[e][j], x[i]);
+    DEV bool operator[](int place) const { const int i = (place - at) & (RECENT - 1); return i >= from && i < to; }
+  };
+  // Of row r, whose elements lie 32 e + lane in x[e], to memory: O, then m and l, as partial results lie.
+  static DEV void put_row(const Params& p, const Task& k, int r, const float (&x)[E], const u32* keys, const u32* values, float* part, int lane) {
+    constexpr int COUNT = Quads::COUNT, LINE = D * Quads::WORDS / 4;
+    const Seen seen(p, k, r);
+    float q[COUNT][4], o[COUNT][4], score = 0;
+    UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) {
+      q[e][j] = o[e][j] = 0;
+      UNROLL for (int i = 4 * e; i < E && i < 4 * e + 4; i++) {  // channel 128 e + 4 lane + j
+        const float y = __shfl_sync(~0u, x[i], lane % 8 * 4 + j);
+        q[e][j] = lane / 8 == i % 4 ? y : q[e][j];
       }
-      const float sum = sums(x, lane);
-      if (lane / BATCH % BATCHES == b) mine = sum;
     }
-    mine = fabsf(mine) < INF ? mine * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
-    if (p.soft_cap > 0) mine = p.soft_cap * tanh_exact(mine / p.soft_cap);
-    return sees(lane & (RECENT - 1)) ? mine : -INF;
-  }
-  DEV void put_row(const Params& p, const Task& k, int r, float* part, int lane) {
-    const int R = k.row0 + r, qi = R / GROUP, newest = k.position(qi);
-    const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + k.head * GROUP + R % GROUP;
-    int first = p.seq_starts ? min(p.seq_starts[k.sequence], newest + 1) : 0;
-    if (p.window > 0) first = max(first, newest - p.window + 1);
-    from = max(first - k.length, 0);
-    to = newest - k.length + 1;
-    const float s = score(p, row, lane);
-    float top = s;
+#pragma unroll 1
+    for (int b = 0; b < RECENT; b += BATCH) {
+      float s[BATCH];
+      UNROLL for (int i = 0; i < BATCH; i++) {
+        Quads key;
+        key.load(keys + (b + i) * LINE, lane);
+        s[i] = 0;  // what a token gives that the row does not see is not looked at
+        UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) s[i] = fmaf(q[e][j], key.at(e, j), s[i]);
+      }
+      const float sum = sums(s, lane);
+      if (lane % RECENT / BATCH == b / BATCH) score = sum;
+    }
+    score = fabsf(score) < INF ? score * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
+    if (p.soft_cap > 0) score = p.soft_cap * tanh_exact(score / p.soft_cap);
+    score = seen[lane & (RECENT - 1)] ? score : -INF;
+    float top = score;
     UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
     top = max_nan(top, EMPTY);
-    const float weight = ex2(s - top);
+    const float weight = ex2(score - top);
     float sum = lane < RECENT ? weight : 0;
     UNROLL for (int h = 16; h; h /= 2) sum += __shfl_xor_sync(~0u, sum, h);
-    float o[QUADS][4];
-    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = 0;
+    if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
 #pragma unroll BATCH
     for (int i = 0; i < RECENT; i++) {
+      Quads value;
+      value.load(values + i * LINE, lane);
       const float w = __shfl_sync(~0u, weight, i);
-      float value[QUADS][4];
-      load(p, RECENT + i, lane, value);
-      UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = fmaf(w, value[e][j], o[e][j]);
+      const bool real = seen[i];  // a weight of 0 would not do for what was never written
+      UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = fmaf(w, real ? value.at(e, j) : 0.f, o[e][j]);
     }
     bool finite = true;
-    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) finite = finite && fabsf(o[e][j]) < INF;
+    UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) finite = finite && fabsf(o[e][j]) < INF;
     finite = __all_sync(~0u, finite);  // else the row is NaN, as one that sees a NaN scale
-    UNROLL for (int e = 0; e < QUADS; e++) {
+    UNROLL for (int e = 0; e < COUNT; e++) {
       UNROLL for (int j = 0; j < 4; j++) o[e][j] = finite ? o[e][j] : NOT_A_NUMBER;
       if (128 * e + 4 * lane < D) store4<2>(part, r * D + 128 * e + 4 * lane, o[e]);
     }
-    if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
   }
-  // The rows of a task to memory. `ring`: the sequence's.
-  static DEV void put(const Params& p, const Task& k, int ring, float* part, int warp, int lane) {
-    Newest x;
-    x.at = k.length & (RECENT - 1);
-    x.keys = ((i64)ring * p.kv_heads + k.head) * (2 * RECENT * D);
-    const int used = min(ROWS, GROUP * k.q_len - k.row0);
-#pragma unroll 1
-    for (int r = warp; r < used; r += NW) x.put_row(p, k, r, part, lane);
+  static DEV void put(const Params& p, const Task& k, const Rows& rows, const u8* raw, float* part, int warp, int lane) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
+    __syncthreads();
+    UNROLL for (int i = 0; i < Rows::MINE; i++) {
+      const int r = warp + i * NW;
+      if (r >= ROWS) break;
+      put_row(p, k, r, rows.x[i], (const u32*)raw, (const u32*)(raw + BYTES / 2), part, lane);
+    }
   }
-  static DEV void ask_for(const Params& p, const Task& k, int ring, int lane) {
-    constexpr int BYTES = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2);
-    for (int at = lane * 128; at < BYTES; at += 32 * 128) prefetch((const u8*)p.recent + ((i64)ring * p.kv_heads + k.head) * BYTES + at);
+  // What a row has from there, when it is finished.
+  float x[E], top, sum;
+  DEV Newest(bool any, int r, const float* part, int lane) {
+    UNROLL for (int e = 0; e < E; e++) x[e] = any && 32 * e + lane < D ? __ldcg(part + r * D + 32 * e + lane) : 0.f;
+    top = any ? __ldcg(part + ROWS * D + 2 * r) : EMPTY;
+    sum = any ? __ldcg(part + ROWS * D + 2 * r + 1) : 0.f;
   }
 };
+#else
+struct Newest { DEV Newest(bool, int, const float*, int) {} };
 #endif
 
-// Newest tokens (what they give lies at `newest`), sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
-DEV void finish_row(const Params& p, const Task& k, int r, const float* newest, float top, float sum, float (&x)[E], float* buf, int lane) {
+// Newest tokens, sinks, division, un-rotation and the write of a row whose channels lie 32 e + lane in x[e].
+DEV void finish_row(const Params& p, const Task& k, int r, const Newest& newest, float top, float sum, float (&x)[E], float* buf, int lane) {
   const int R = k.row0 + r, qi = R / GROUP;
   if (qi >= k.q_len) return;
   const int head = k.head * GROUP + R % GROUP;
   const i64 row = (i64)(k.q_row + qi) * p.kv_heads * GROUP + head;
 #if RECENT
-  float raw[E], raw_factor = 0;
-  UNROLL for (int e = 0; e < E; e++) raw[e] = k.recent && 32 * e + lane < D ? __ldcg(newest + r * D + 32 * e + lane) : 0.f;
-  {
-    const float raw_top = k.recent ? __ldcg(newest + ROWS * D + 2 * r) : EMPTY, raw_sum = k.recent ? __ldcg(newest + ROWS * D + 2 * r + 1) : 0.f;
-    const float next = max_nan(top, raw_top), keep = ex2(top - next);
-    raw_factor = ex2(raw_top - next);
-    sum = sum * keep + raw_sum * raw_factor;
-    UNROLL for (int e = 0; e < E; e++) x[e] *= keep;
-    top = next;
-  }
+  const float both = max_nan(top, newest.top), keep = ex2(top - both);
+  float raw_factor = ex2(newest.top - both);
+  sum = sum * keep + newest.sum * raw_factor;
+  UNROLL for (int e = 0; e < E; e++) x[e] *= keep;
+  top = both;
 #endif
   if (p.sinks) {
     const float sink = p.sinks[head] * 1.44269504f, next = max_nan(top, sink), f = ex2(top - next);
@@ -744,7 +776,7 @@ DEV void finish_row(const Params& p, const Task& k, int r, const float* newest, 
   if (ROTATE) { hadamard<32, 1, true>(x, buf, lane); flip_signs<32, 1>(x, p.signs, lane); }
 #if RECENT
   raw_factor *= sum == 0 ? 0.f : 1 / sum;
-  UNROLL for (int e = 0; e < E; e++) x[e] = fmaf(raw[e], raw_factor, x[e]);
+  UNROLL for (int e = 0; e < E; e++) x[e] = fmaf(newest.x[e], raw_factor, x[e]);
 #endif
   UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) store_element<OUT_TYPE>(p.out, row * D + 32 * e + lane, x[e]);
   if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
@@ -794,10 +826,11 @@ DEV void merge_warps(const Params& p, const Task& k, Shared& sh, const float* ro
   float* buf = sh.buf + (ORDER == 1 ? 0 : warp * D);
   const int used = min(ROWS, GROUP * k.q_len - k.row0);
   for (int r = warp; r < used; r += NW) {
+    const Newest newest(whole && k.recent, r, part + RESULT, lane);
     float top, sum, o[E];
     merge_row(NW, [&](int w, int c) { return rows[(w * ROWS + r) * LINE + c]; },
               [&](int w, int which) { return which ? sh.sum[w][r] : sh.top[w][r]; }, top, sum, o, lane);
-    if (whole) { finish_row(p, k, r, part + RESULT, top, sum, o, buf, lane); continue; }
+    if (whole) { finish_row(p, k, r, newest, top, sum, o, buf, lane); continue; }
     UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) part[r * D + 32 * e + lane] = o[e];
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
   }
@@ -818,10 +851,11 @@ DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int
   const int used = min(ROWS, GROUP * k.q_len - k.row0);
   for (int r = warp; r < used; r += NW) {
     auto result = [&](int i) { return p.workspace + (i64)(2 * (first + i) + (i == 0)) * PART; };
+    const Newest newest(k.recent, r, result(splits - 1) + RESULT, lane);
     float top, sum, o[E];
     merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
               [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
-    finish_row(p, k, r, result(splits - 1) + RESULT, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
+    finish_row(p, k, r, newest, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
   }
 }
 
@@ -866,6 +900,10 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   now.first_page_ids(warp, ids);
   Rows fetched;
   fetched.fetch(p, now.k, warp, lane);
+#if RECENT
+  u8* raw = smem + RAW_AT;
+  if (now.ends_in_newest()) Newest::copy(p, now.k, fetched.ring, raw);
+#endif
   now.issue_first(ring, p, warp, ids);
   bool draws = plan.drawn() && now.begin + now.s1 + plan.lead >= place.stop;  // a ticket at the end of its chunk
 
@@ -874,13 +912,10 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     u32 next[PAGES];
     now.page_ids(step + NB + zero, next);
 #if RECENT
-    const bool newest = __shfl_sync(~0u, now.s1 == now.steps && now.k.recent, 0);  // known to the compiler as equal in all lanes
-    if (newest && warp == NW - 1) Newest::ask_for(p, now.k, fetched.ring, lane);
+    // A shuffle makes the condition known to the compiler as equal in all lanes.
+    if (__shfl_sync(~0u, now.ends_in_newest(), 0)) Newest::put(p, now.k, fetched, raw, p.workspace + (i64)(2 * place.chunk + (now.s0 == 0)) * PART + RESULT, warp, lane);
 #endif
     put_queries(p, now.k, fetched, queries, sh.buf + (ORDER == 1 ? 0 : warp * D), warp, lane);
-#if RECENT
-    if (newest) Newest::put(p, now.k, fetched.ring, p.workspace + (i64)(2 * place.chunk + (now.s0 == 0)) * PART + RESULT, warp, lane);
-#endif
     if (threadIdx.x == 0) sh.place = place;  // rather than in registers during the steps
     __syncthreads();
     Query q;
@@ -966,6 +1001,9 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
 #endif
       __syncthreads();
       ring.seek(place.before + warp);
+#if RECENT
+      if (now.ends_in_newest()) Newest::copy(p, now.k, fetched.ring, raw);
+#endif
       now.issue_first(ring, p, warp, ids);
       draws = again.drawn() && now.begin + now.s1 + again.lead >= place.stop;
     }

@@ -62,7 +62,8 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: the ring, in which the warps' results lie later, and the queries."""
+        """Dynamic shared memory of a CTA: the ring of stages, in which the warps' results lie later, the queries, and the newest
+        tokens of a sequence."""
         pages = self.step // self.page_size
         page_bytes = PageLayout.of(self.fmt, self.page_size).page_bytes
         stride = (page_bytes + 63) // 128 * 128 + 64 if self.page_size == 16 else page_bytes
@@ -70,7 +71,8 @@ class Variant:
         results = self.warps * self.rows * (self.fmt.head_dim + 8) * 4
         k_steps = -(-self.fmt.head_dim // 32)
         queries = self.row_tiles * (k_steps + 1) * 256 + 3 * self.rows * 4
-        return max(self.stages * stage, results) + queries
+        newest = 2 * self.recent * self.fmt.head_dim * (4 if self.q_type == 2 else 2)
+        return max(self.stages * stage, results) + queries + newest
 
     @property
     def static_shared_bytes(self) -> int:
