@@ -50,7 +50,7 @@ FORMATS = (
     ("k4v2", 128, 16, torch.float16), ("k4v4", 80, 64, torch.float32), ("k8v4", 112, 16, torch.bfloat16),
 )  # fmt: skip
 LONG = [3600, 3300, 3500, 3400]
-TICKETS = Case("k2v2", 64, 32, 8, out=torch.bfloat16)
+LEADS = Case("k2v2", 64, 32, 8, out=torch.bfloat16)
 Check = Callable[[], str]
 
 
@@ -104,7 +104,15 @@ class Checks:
             yield f"decode {case.label}", lambda c=case: self.decode(c, lengths_of(c), {"window": 150})
         if self.backend == "cuda":
             long = [*LONG, *[1] * (FEW_TASKS // HEADS)]
-            yield "decode of long sequences by ticket", lambda: self.decode(TICKETS, long, {}, ctas=2, draws=True)
+            alike = [256] * (FEW_TASKS // HEADS + 1)
+            yield (
+                "decode of long sequences in weighted shares",
+                lambda: self.decode(LEADS, long, {}, ctas=2, plan="lead"),
+            )
+            yield (
+                "decode of tasks that are alike by ticket",
+                lambda: self.decode(CASES[0], alike, {}, ctas=2, plan="tickets"),
+            )
             yield "vLLM's rings", self.give_rings
 
     def give_rings(self) -> str:
@@ -147,14 +155,14 @@ class Checks:
         *,
         planned: bool = True,
         ctas: int = CTAS,
-        draws: bool = False,
+        plan: str = "",
     ) -> str:
         """Decode against the reference.
 
         Args:
             case, lengths, options: the kernel, the sequences, and options of the call.
             planned: with a schedule for `ctas` CTAs, or with the call's own.
-            draws: whether CTAs have to draw chunks by ticket.
+            plan: what the plan must have: "tickets" that CTAs draw, a "lead" of every task, or nothing in particular.
         """
         batch = batch_of(case.fmt, lengths, heads=HEADS, page_size=case.page_size)
         options = options_for(case, lengths, options)
@@ -164,7 +172,7 @@ class Checks:
         shape = len(lengths) * case.queries, HEADS * case.group, case.head_dim
         q = (2 * torch.randn(shape, generator=generator)).to(case.dtype)
         room = room_of(batch.pages, self.device)
-        got = self._decode(q, batch, room[:, 1:], case, options, ctas if planned else 0, draws)
+        got = self._decode(q, batch, room[:, 1:], case, options, ctas if planned else 0, plan)
         pages_in(room)
         out, lse = (x.cpu() for x in got)
         wanted, wanted_lse = reference(q, batch, **options)
@@ -176,7 +184,7 @@ class Checks:
         return f"error {error:.1e}"
 
     def _decode(
-        self, q: Tensor, batch: Batch, pages: Tensor, case: Case, options: dict[str, Any], ctas: int, draws: bool
+        self, q: Tensor, batch: Batch, pages: Tensor, case: Case, options: dict[str, Any], ctas: int, kind: str
     ) -> tuple[Tensor, Tensor]:
         device = self.device
         out = torch.full(q.shape, math.nan, dtype=case.out).to(device)
@@ -205,8 +213,9 @@ class Checks:
                 assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
                 plan.workspace.fill_(math.nan)
                 plan.update(seq_lens, **lens, recent_counts=None if recent is None else recent.counts)
-                big, _, total = plan.plan[:3].tolist()
-                assert (total > plan.ctas * big) or not draws, "no chunk is drawn by ticket"
+                big, _, total, _, _, lead = plan.plan[:6].tolist()
+                assert kind != "tickets" or total > plan.ctas * big, "no chunk is drawn by ticket"
+                assert kind != "lead" or lead, "tasks have no lead"
                 on_device["schedule"] = plan
         return decode(
             q, pages, batch.block_table.to(device), seq_lens, scale=SCALE, out=out, backend=self.backend,
