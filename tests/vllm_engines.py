@@ -18,8 +18,6 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 MODEL = Path(__file__).parents[1] / "models" / "kvturbo-12m"
-GAP = 0.13
-"""A token may differ where the two best logits are closer than this: a bf16 logit between 16 and 32 has steps of 0.125."""
 MEAN_REGRET, WORST_REGRET = 0.02, 1.5
 PROMPT_TOKENS, NEW_TOKENS = 1500, 48
 CHUNK = 512
@@ -32,6 +30,8 @@ CACHE_BYTES = 2 << 30
 
 Text = tuple[list[int], list[float]]
 """Greedy tokens, and the gap between the two best logits at each."""
+Differences = list[tuple[int, float]]
+"""Where texts part, and the gap there, of those that do."""
 
 
 def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
@@ -146,13 +146,15 @@ def losses(llm: Any, texts: list[Any]) -> list[float]:
 
 
 def same_text(got: list[Text], wanted: list[Text]) -> str:
-    """Raises unless every first difference lies where the gap of `wanted` is below `GAP`; says where they lie."""
+    """Raises unless all tokens are the same, as they are where the same kernels compute the same batches; a packed cache makes
+    different texts of differences in the last bit.
+    """
     differences = first_differences(got, wanted)
-    assert all(gap < GAP for _, gap in differences), f"first differences (token, gap): {differences}"
-    return f"{len(differences)} of {len(got)} texts differ, at (token, gap) {differences}"
+    assert not differences, f"{len(differences)} of {len(got)} texts differ, at (token, gap) {differences}"
+    return f"{len(got)} texts the same"
 
 
-def first_differences(got: list[Text], wanted: list[Text]) -> list[tuple[int, float]]:
+def first_differences(got: list[Text], wanted: list[Text]) -> Differences:
     """Where texts part, and how far the two best logits of `wanted` lie apart there; of the texts that do part."""
     differences = []
     for (tokens, _), (expected, gaps) in zip(got, wanted, strict=True):

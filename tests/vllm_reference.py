@@ -7,24 +7,47 @@ from typing import Any
 
 import torch
 
-from vllm_engines import MODEL, NEW_TOKENS, NO_RINGS, Text, engine, first_differences, generate, prompts
+from vllm_engines import (
+    MODEL,
+    NEW_TOKENS,
+    NO_RINGS,
+    Differences,
+    Text,
+    engine,
+    first_differences,
+    generate,
+    prompts,
+)
 
 TEXTS, TOKENS, FEW = 64, 512, 8
-BOUND = 0.1
-"""Paths that compute the same thing may part where the two best logits are closer than this."""
+CACHES: dict[str, tuple[str | None, int, dict[str, Any]]] = {
+    "16 bits": (None, 0, {"cache_dtype": "auto"}),
+    "packed": ("k4v4", 0, {"cache_dtype": "turboquant", **NO_RINGS}),
+    "with rings": ("k4v4", 16, {"cache_dtype": "turboquant"}),
+}
+"""What transformers and an engine are told, for the same cache: format and newest tokens that are raw, and options."""
+FLOORS = {"float16": 0.1, "bfloat16": 0.13}
+"""Gaps of the two best logits below which rounding may change a token, whatever is read: a bf16 logit between 16 and 32 has steps
+of 0.125."""
 
 
 def written(
-    texts: list[Any], fmt: str | None, dtype: str, new_tokens: int = NEW_TOKENS, device: str = "cuda"
+    texts: list[Any],
+    fmt: str | None,
+    dtype: str,
+    new_tokens: int = NEW_TOKENS,
+    device: str = "cuda",
+    recent: int = 0,
 ) -> list[Text]:
     """Greedy tokens of transformers, whose prompts are read whole, and the gap between the two best logits at each.
 
     Args:
         texts: prompts of one length.
-        fmt: of a packed cache without windows; None for 16 bits.
+        fmt: of a packed cache; None for one of the model's dtype.
         dtype: of the model.
         new_tokens: of each text.
         device: where.
+        recent: newest tokens that a packed cache keeps raw.
     """
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -34,7 +57,7 @@ def written(
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=attention, dtype=getattr(torch, dtype)).to(
         device
     )
-    past = TurboCache(model.config, fmt, recent=0, sink=0) if fmt else DynamicCache(config=model.config)
+    past = TurboCache(model.config, fmt, recent=recent, sink=0) if fmt else DynamicCache(config=model.config)
     step, tokens, gaps = torch.tensor([text["prompt_token_ids"] for text in texts], device=device), [], []
     with torch.no_grad():
         for _ in range(new_tokens):
@@ -46,49 +69,58 @@ def written(
     return list(zip(torch.cat(tokens, 1).tolist(), torch.stack(gaps, 1).tolist(), strict=True))
 
 
-def as_seldom(sixteen_bits: Mapping[str, list[float]], packed: Mapping[str, list[float]]) -> str:
-    """Raises unless packed paths part only where 16-bit ones may, and no more often than these up to two standard deviations.
+def as_rounding(rounding: Differences, paths: Mapping[str, Differences], floor: float) -> str:
+    """Raises unless paths that compute the same thing part as rounding alone makes texts part: no more often, up to two standard
+    deviations, and at gaps of no more than twice the largest there. The first token, for which no cache was read, differs only at
+    gaps below a floor.
 
     Args:
-        sixteen_bits, packed: gaps of the two best logits where texts part, by what is compared.
+        rounding: where transformers part from themselves in float32, over the same cache.
+        paths: where others do, by what is compared, of as many texts.
+        floor: gap of the two best logits below which any token may differ.
     """
-    lines = [f"{name} {len(gaps)} (gap {max(gaps, default=0):.3f})" for name, gaps in (sixteen_bits | packed).items()]
+    lines = [
+        f"{name} {len(found)} (gap {_largest(found):.3f})" for name, found in {"rounding": rounding, **paths}.items()
+    ]
     text = f"texts that part, and the largest gap there: {', '.join(lines)}"
-    bound = max([BOUND, *(gap for gaps in sixteen_bits.values() for gap in gaps)])
-    most = max(len(gaps) for gaps in sixteen_bits.values())
-    for name, gaps in packed.items():
-        assert max(gaps, default=0) <= bound, f"{name} part at a gap above {bound:.3f}: {text}"
-        assert len(gaps) - most <= 2 * (len(gaps) + most) ** 0.5, f"{name} part more often than 16 bits: {text}"
+    bound = max(floor, 2 * _largest(rounding))
+    for name, found in paths.items():
+        first = [gap for place, gap in found if place == 0]
+        assert max(first, default=0) <= floor, f"{name}: first tokens differ at gaps {first}, above {floor}: {text}"
+        assert _largest(found) <= bound, f"{name} part at a gap above {bound:.3f}: {text}"
+        more = len(found) - len(rounding)
+        assert more <= 2 * (len(found) + len(rounding)) ** 0.5, f"{name} part more often than rounding alone: {text}"
     return text
 
 
+def _largest(differences: Differences) -> float:
+    return max((gap for _, gap in differences), default=0)
+
+
 def same_text_as_reference() -> str:
-    """64 texts of the engine beside those of transformers over the same packed cache, and beside its own by 8: they part as seldom
-    as 16-bit ones do. In fp16, where two logits are told apart by less than 0.1, and in bf16, where steps between logits are 0.125.
+    """64 texts of the engine beside those of transformers over the same cache, and beside its own by 8: they part as transformers
+    do from themselves in float32. A cache that rounds hard makes much of little: a difference in the last bit turns a code into its
+    neighbour, which the next layer sees as all of that code's error. So every cache is held to what it does itself: 16 bits,
+    packed, and packed with the newest tokens raw, where it is least.
     """
-    return "; ".join(f"{dtype}: {_beside_reference(dtype)}" for dtype in ("float16", "bfloat16"))
-
-
-def _beside_reference(dtype: str) -> str:
     texts = prompts(TEXTS, TOKENS)
+    exact = {name: written(texts, fmt, "float32", recent=recent) for name, (fmt, recent, _) in CACHES.items()}
+    lines = [
+        f"{dtype}, {name}: {_beside_reference(dtype, floor, name, texts, exact[name])}"
+        for dtype, floor in FLOORS.items()
+        for name in CACHES
+    ]
+    return "; ".join(lines)
 
-    def by(at_once: int, cache_dtype: str, **options: Any) -> list[Text]:
-        options |= {"dtype": dtype, "max_num_seqs": at_once, "max_num_batched_tokens": TEXTS * TOKENS}
-        with engine(cache_dtype, **options) as llm:
+
+def _beside_reference(dtype: str, floor: float, name: str, texts: list[Any], exact: list[Text]) -> str:
+    fmt, recent, cache = CACHES[name]
+
+    def by(at_once: int) -> list[Text]:
+        options = {"dtype": dtype, "max_num_seqs": at_once, "max_num_batched_tokens": TEXTS * TOKENS}
+        with engine(**cache, **options) as llm:
             return generate(llm, texts)
 
-    def gaps(got: list[Text], wanted: list[Text]) -> list[float]:
-        return [gap for _, gap in first_differences(got, wanted)]
-
-    raw, packed, rings = by(TEXTS, "auto"), by(TEXTS, "turboquant", **NO_RINGS), by(TEXTS, "turboquant")
-    return as_seldom(
-        {
-            "16 bits beside transformers": gaps(raw, written(texts, None, dtype)),
-            "16 bits by 8": gaps(by(FEW, "auto"), raw),
-        },
-        {
-            "packed beside transformers": gaps(packed, written(texts, "k4v4", dtype)),
-            "packed by 8": gaps(by(FEW, "turboquant", **NO_RINGS), packed),
-            "with rings by 8": gaps(by(FEW, "turboquant"), rings),
-        },
-    )
+    reference, got = written(texts, fmt, dtype, recent=recent), by(TEXTS)
+    paths = {"beside transformers": first_differences(got, reference), "by 8": first_differences(by(FEW), got)}
+    return as_rounding(first_differences(reference, exact), paths, floor)

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kvturbo[hf]'")
 
-from vllm_engines import MODEL, prompts
-from vllm_reference import as_seldom, written
+from vllm_engines import MODEL, first_differences, prompts, same_text
+from vllm_reference import FLOORS, as_rounding, written
 
 
 @pytest.mark.parametrize("fmt", [None, "k4v4"])
@@ -31,11 +31,31 @@ def test_the_reference_writes_what_generate_writes(fmt: str | None) -> None:
     torch.testing.assert_close(torch.tensor([gaps for _, gaps in got]), best[..., 0] - best[..., 1], atol=1e-4, rtol=0)
 
 
-def test_paths_part_no_wider_and_no_more_often_than_16_bits() -> None:
-    text = as_seldom({"a": [0.02], "b": [0.0, 0.06]}, {"c": [0.01] * 8, "d": []})
-    assert text.endswith("a 1 (gap 0.020), b 2 (gap 0.060), c 8 (gap 0.010), d 0 (gap 0.000)")
-    as_seldom({"a": [0.125]}, {"c": [0.125]})  # as bf16 with itself
-    with pytest.raises(AssertionError, match=r"c part at a gap above 0.100: .*c 1 \(gap 0.110\)"):
-        as_seldom({"a": [0.02]}, {"c": [0.11]})
-    with pytest.raises(AssertionError, match=r"c part more often than 16 bits: .*a 2 .*c 11"):
-        as_seldom({"a": [0.02] * 2}, {"b": [], "c": [0.01] * 11})
+def test_paths_part_no_wider_and_no_more_often_than_by_rounding() -> None:
+    rounding = [(3, 0.02), (9, 0.2)]
+    text = as_rounding(rounding, {"a": [(5, 0.39)] * 8, "b": [], "c": [(0, 0.09)]}, 0.1)
+    assert text.endswith("rounding 2 (gap 0.200), a 8 (gap 0.390), b 0 (gap 0.000), c 1 (gap 0.090)")
+    as_rounding([], {"a": [(5, 0.1)]}, 0.1)  # ties are nobody's fault
+    with pytest.raises(AssertionError, match=r"a part at a gap above 0.400: .*rounding 2 .*a 1 \(gap 0.410\)"):
+        as_rounding(rounding, {"a": [(5, 0.41)]}, 0.1)
+    with pytest.raises(AssertionError, match=r"a part at a gap above 0.100"):
+        as_rounding([], {"a": [(5, 0.11)]}, 0.1)
+    with pytest.raises(AssertionError, match=r"b part more often than rounding alone: .*rounding 2 .*b 11"):
+        as_rounding(rounding, {"a": [], "b": [(5, 0.01)] * 11}, 0.1)
+    with pytest.raises(AssertionError, match=r"a: first tokens differ at gaps \[0.11\], above 0.1"):
+        as_rounding(rounding, {"a": [(0, 0.11)]}, 0.1)
+
+
+def test_the_same_text_is_the_same_to_the_last_token() -> None:
+    text = ([1, 2, 3], [0.5, 0.25, 0.0])
+    assert same_text([text, text], [text, text]) == "2 texts the same"
+    with pytest.raises(AssertionError, match=r"1 of 2 texts differ, at \(token, gap\) \[\(2, 0.0\)\]"):
+        same_text([text, ([1, 2, 4], [])], [text, text])
+
+
+def test_a_coarser_cache_is_told_from_rounding() -> None:
+    texts = prompts(6, 40)
+    exact, half = (written(texts, "k4v4", dtype, 12, "cpu", recent=16) for dtype in ("float32", "float16"))
+    other = written(texts, "k2v2", "float16", 12, "cpu", recent=0)
+    with pytest.raises(AssertionError, match="rounding"):
+        as_rounding(first_differences(half, exact), {"k2v2": first_differences(other, half)}, FLOORS["float16"])
