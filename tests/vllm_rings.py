@@ -19,7 +19,7 @@ THREADS = 64
 def launch() -> rings.Launch:
     """Runs rings.cu with few threads."""
     folder = Path(tempfile.mkdtemp())
-    kernel = EmulatedKernel(rings.SOURCE.read_text(), {"THREADS": THREADS}, "rings", folder)
+    kernel = EmulatedKernel(rings.SOURCE.read_text(), rings.MACROS | {"THREADS": THREADS}, "rings", folder)
     return lambda parameters: kernel.launch(1, THREADS, parameters, 0)
 
 

@@ -22,7 +22,6 @@ from kvturbo.vllm import rings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = (BF16, FP16, FP32)
-PLAIN = {"schedule": variants.FOLDER / "schedule.cu", "rings": rings.SOURCE}
 OTHER_ARCHITECTURES = ("sm_80", "sm_89", "sm_100a", "sm_120a")
 TOLERATED_SPILLS: dict[str, int] = {
     "sm_90a-decode-k4v3-112-32-float16-float16-16": 160,
@@ -38,15 +37,22 @@ class Source(Protocol):
 
 
 class Plain(NamedTuple):
-    """A kernel that has no template values."""
+    """A kernel that there is once."""
 
     path: Path
+    values: dict[str, int | str]
 
     def source(self) -> str:
         return self.path.read_text()
 
     def macros(self) -> dict[str, int | str]:
-        return {}
+        return self.values
+
+
+PLAIN = {
+    "schedule": Plain(variants.FOLDER / "schedule.cu", {}),
+    "rings": Plain(rings.SOURCE, rings.MACROS),
+}
 
 
 class Kernel(NamedTuple):
@@ -72,7 +78,7 @@ class Kernel(NamedTuple):
 
     def variant(self) -> Source:
         if self.operation in PLAIN:
-            return Plain(PLAIN[self.operation])
+            return PLAIN[self.operation]
         if self.operation == "decode":
             return variants.variant_for(self.fmt, self.page_size, self.dtype, self.out, self.rows)
         if self.operation == "store":

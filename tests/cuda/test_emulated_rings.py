@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emulator import EmulatedKernel
-from kvturbo.vllm.rings import SOURCE, THREADS, Launch, Plan, Rings
+from kvturbo.vllm.rings import MACROS, SOURCE, THREADS, Launch, Plan, Rings
 from ring_engine import LOADS, Load, engine_of
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def _kernel(folder: Path, threads: int) -> Launch:
-    kernel = EmulatedKernel(SOURCE.read_text(), {"THREADS": threads}, "rings", folder)
+    kernel = EmulatedKernel(SOURCE.read_text(), MACROS | {"THREADS": threads}, "rings", folder)
     return lambda parameters: kernel.launch(1, threads, parameters, 0)
 
 

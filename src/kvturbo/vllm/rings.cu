@@ -4,7 +4,7 @@
 // ring_of_block[x] = s, while x is one of owners[s], means: the tokens that lie in block x now are tokens of the sequence that ring s
 // was last stored for, at the same positions, up to next[s]; and ring s holds this sequence's tokens first[s] .. next[s] - 1, as far as
 // they are among the last R. Why that holds, and why a row of n tokens, m of them new, whose token n - m - 1 lies in x may have the ring
-// if next[s] - 8 <= n - m <= next[s]:
+// if next[s] - MAX_Q_LEN <= n - m <= next[s]:
 // - Tokens get into blocks in no other way than by rows of a batch (no KV connector, no copies of blocks), and a block that a row writes
 //   loses its entry before the row's ring is entered. A block that was freed and not written since still holds what it held.
 // - Two sequences have a block in common only if it is full and they are equal up to its end (prefix caching). Both may ask for the ring;
@@ -16,10 +16,8 @@
 // A ring that nobody asks for is given away when it has not been used for IDLE steps: sequences may miss steps, as in pipelines.
 typedef long long i64;
 
-#ifndef THREADS
-#define THREADS 1024
-#endif
-constexpr int MAX_RINGS = 256, IDLE = 16, MAX_Q_LEN = 8;
+// Macros (rings.py): MAX_RINGS, THREADS of the CTA, MAX_Q_LEN, the most new tokens of a row that is decoded.
+constexpr int IDLE = 16;
 constexpr int NOBODY = -0x7fffffff - 1;
 
 struct Params {

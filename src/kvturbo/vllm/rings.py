@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from kvturbo.cuda.jit import Kernel, Parameters, arch_of, compiled, current_stream
+from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.recent import RING_SIZES
 
 MAX_RINGS = 256
 THREADS = 1024
-"""Both as in rings.cu."""
+MACROS: dict[str, int | str] = {"MAX_RINGS": MAX_RINGS, "THREADS": THREADS, "MAX_Q_LEN": MAX_Q_LEN}
+"""What rings.cu is compiled with."""
 DEFAULT = 0
 """No rings: they have not run on a GPU yet."""
 BACKENDS = ("cuda",)
@@ -123,7 +125,7 @@ Launch = Callable[[Parameters], None]
 def kernel_on(device: torch.device) -> Launch:
     """The kernel, compiled and loaded; it runs on the device's current stream."""
     device = torch.empty(0, device=device).device  # with its index
-    kernel = Kernel(compiled(SOURCE.read_text(), arch_of(device), {}), "rings", device)
+    kernel = Kernel(compiled(SOURCE.read_text(), arch_of(device), MACROS), "rings", device)
     return partial(_launch, kernel, device.index)
 
 
