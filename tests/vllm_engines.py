@@ -43,15 +43,13 @@ def prompts(count: int = 4, tokens: int = PROMPT_TOKENS) -> list[dict[str, list[
     return [{"prompt_token_ids": ids[i * tokens : (i + 1) * tokens]} for i in range(count)]
 
 
-RINGS = {"additional_config": {"kvturbo": {"recent": 16}}}
-"""Options of an engine that reads the newest tokens raw."""
 NO_RINGS = {"additional_config": {"kvturbo": {"recent": 0}}}
-"""Options of an engine that reads them from pages too."""
+"""Options of an engine that reads the newest tokens from pages too."""
 
 
 @contextmanager
 def engine(cache_dtype: str = "turboquant", **options: Any) -> Iterator[Any]:
-    """An LLM on the embedded model with rings, taken down afterwards."""
+    """An LLM on the embedded model, taken down afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -60,7 +58,7 @@ def engine(cache_dtype: str = "turboquant", **options: Any) -> Iterator[Any]:
         "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES, "enable_prefix_caching": False, "seed": 0,
         "enforce_eager": True,
     }  # fmt: skip
-    llm = LLM(**(defaults | RINGS | {"kv_cache_dtype": cache_dtype} | options))
+    llm = LLM(**(defaults | {"kv_cache_dtype": cache_dtype} | options))
     try:
         yield llm
     finally:

@@ -24,11 +24,10 @@ def launch() -> rings.Launch:
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives rings to layers of the reference backend, of 16 tokens unless an engine says otherwise."""
+    """Gives rings to layers of the reference backend."""
 
     def kernel_on(device: torch.device) -> rings.Launch:
         return launch()
 
     monkeypatch.setattr(rings, "BACKENDS", ("reference",))
-    monkeypatch.setattr(rings, "DEFAULT", 16)
     monkeypatch.setattr(rings, "kernel_on", kernel_on)

@@ -17,10 +17,10 @@ from kvturbo.vllm.rings import Plan
 
 @pytest.mark.parametrize(
     "given, size",
-    [({}, 0), ({"kvturbo": {}}, 0), ({"kvturbo": {"recent": 0}}, 0), ({"kvturbo": {"recent": 32}}, 32),
-     ({"other": {"recent": 3}}, 0), (SimpleNamespace(), 0)],
+    [({}, 16), ({"kvturbo": {}}, 16), ({"kvturbo": {"recent": 0}}, 0), ({"kvturbo": {"recent": 32}}, 32),
+     ({"other": {"recent": 3}}, 16), (SimpleNamespace(), 16)],
 )  # fmt: skip
-def test_the_size_is_what_the_user_gives_or_none(given: Any, size: int) -> None:
+def test_the_size_is_what_the_user_gives_or_16(given: Any, size: int) -> None:
     assert rings.ring_size(given) == size
 
 
@@ -38,11 +38,7 @@ def test_other_options_are_refused(options: Any) -> None:
         rings.ring_size({"kvturbo": options})
 
 
-ON = {"additional_config": {"kvturbo": {"recent": 16}}}
-
-
 def _plan(model: dict[str, Any] = models.DENSE, backend: str = "cuda", **options: Any) -> Plan:
-    options = ON | options
     return rings.plan_of(vllm_standin.config_of(model, **options), backend)
 
 
@@ -61,7 +57,7 @@ def test_the_size_comes_from_the_command_line(vllm_python: None) -> None:
     given = parser.parse_args(["--additional-config", '{"kvturbo": {"recent": 8}}']).additional_config
     assert _plan(additional_config=given, max_num_seqs=4) == Plan(8, 4)
     assert _plan(additional_config={"kvturbo": {"recent": 0}}) == Plan(why="recent is 0")
-    assert _plan(additional_config={}) == Plan(why="recent is 0")
+    assert _plan(additional_config={}, max_num_seqs=4) == Plan(16, 4)
 
 
 def test_a_wrong_size_stops_the_engine_at_the_start(vllm_python: None) -> None:
@@ -83,7 +79,7 @@ def test_hybrid_models_have_rings_unless_prefixes_end_within_blocks(vllm_python:
 
 def test_microbatches_other_backends_dtypes_and_context_parallelism_have_none(vllm_python: None) -> None:
     assert _plan(backend="triton").why == "the triton backend is not given any"
-    config = vllm_standin.config_of(models.DENSE, **ON)
+    config = vllm_standin.config_of(models.DENSE)
     config.parallel_config.enable_dbo = True
     assert rings.plan_of(config, "cuda").why == "batches are cut into microbatches"
     config.parallel_config.decode_context_parallel_size = 2
@@ -120,7 +116,7 @@ def test_the_log_says_how_many_bytes_rings_take_on_this_rank(
 
     said: list[str] = []
     monkeypatch.setattr(report, "_say", lambda level, text: said.append(text))
-    config = vllm_standin.config_of(models.DENSE, max_num_seqs=128, kv_cache_dtype_skip_layers=["0", "5"], **ON)
+    config = vllm_standin.config_of(models.DENSE, max_num_seqs=128, kv_cache_dtype_skip_layers=["0", "5"])
     vllm_standin.build(config)
     report.report(config)
     mib = 4 * 128 * 2 * 2 * 16 * 128 * 2 / 2**20

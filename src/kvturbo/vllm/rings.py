@@ -24,8 +24,8 @@ MAX_RINGS = 256
 THREADS = 1024
 MACROS: dict[str, int | str] = {"MAX_RINGS": MAX_RINGS, "THREADS": THREADS, "MAX_Q_LEN": MAX_Q_LEN}
 """What rings.cu is compiled with."""
-DEFAULT = 0
-"""No rings: they have not run on a GPU yet."""
+DEFAULT = 16
+"""Tokens of a ring where the user does not say otherwise."""
 BACKENDS = ("cuda",)
 """Backends that are given rings."""
 SOURCE = Path(__file__).with_name("rings.cu")
@@ -59,7 +59,7 @@ def plan_of(vllm_config: Any, backend: str) -> Plan:
 
 
 def ring_size(additional_config: Any) -> int:
-    """Tokens of a ring, from `--additional-config '{"kvturbo": {"recent": 16}}'`; 0 for no rings.
+    """Tokens of a ring, from `--additional-config '{"kvturbo": {"recent": 8}}'`; 0 for no rings.
 
     Raises:
         ValueError: it is none of the valid sizes, or "kvturbo" has anything else in it.
