@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvturbo.ops.checks import MAX_Q_LEN
-from kvturbo.vllm.rings import Launch, Plan, Rings
+from kvturbo.vllm.rings import IDLE, Launch, Plan, Rings
 
 Token = tuple[Any, ...]
 CPU = torch.device("cpu")
@@ -67,8 +67,8 @@ class Sequence:
 class Engine:
     """Steps of a random load; every step is checked."""
 
-    def __init__(self, rings: Rings, load: Load, seed: int) -> None:
-        self.rings, self.load, self.random = rings, load, random.Random(seed)
+    def __init__(self, rings: Rings, plan: Plan, load: Load, seed: int) -> None:
+        self.rings, self.plan, self.load, self.random = rings, plan, load, random.Random(seed)
         self.free, self.users = list(range(1, load.blocks)), Counter[int]()
         self.cached: dict[tuple[Token, ...], int] = {}
         self.hash_of: dict[int, tuple[Token, ...]] = {}
@@ -202,6 +202,7 @@ class Engine:
         width, device = max(map(len, table)) + 3, self.rings.slots.device
         blocks = [[*row, *[self.load.blocks - 1] * (width - len(row))] for row in table]
         starts = torch.tensor([0, *counts]).cumsum(0).int()
+        expected = self._expected(table, lengths, counts, slots)
         self.rings.update(
             SimpleNamespace(
                 num_reqs=len(table), num_actual_tokens=len(slots), slot_mapping=torch.tensor(slots, device=device),
@@ -210,6 +211,32 @@ class Engine:
             ),
             self.load.blocks,
         )  # fmt: skip
+        assert self.rings.slots.tolist()[: len(table)] == expected
+
+    def _expected(self, table: list[list[int]], lengths: list[int], counts: list[int], slots: list[int]) -> list[int]:
+        """Which row has which ring, by the rules: first those that know theirs, the first of those that know the same; then the
+        others, from the ring on that has been unused longest.
+        """
+        state = {name: x.tolist() for name, x in self.rings._state.items()}
+        ring_of_block = self.rings._ring_of_block.tolist() or [-1] * self.load.blocks
+        given, asking, end = [-1] * len(table), [], 0
+        for row, (blocks, length, count) in enumerate(zip(table, lengths, counts, strict=True)):
+            end, before = end + count, length - count
+            if not count or slots[end - 1] < 0:
+                continue
+            block = blocks[(before - 1) // self.load.block]
+            ring = ring_of_block[block] if before else -1
+            knows = ring >= 0 and block in state["owners"][ring] and 0 <= state["next"][ring] - before <= MAX_Q_LEN
+            if knows and ring not in given:
+                given[row] = ring
+            else:
+                asking.append(row)
+        ages = [state["clock"][0] + 1 - used for used in state["used"]]
+        free = [ring for ring in range(self.plan.count) if ring not in given and ages[ring] > self.plan.idle]
+        for row, ring in zip(asking, sorted(free, key=lambda ring: -ages[ring]), strict=False):
+            given[row] = ring
+            self.seen["taken from the last step"] += ages[ring] == 1
+        return given
 
     def _dummy_run(self) -> None:
         """Rows that an engine makes up, whose tokens are not stored: on the null block, or on what the table held before."""
@@ -255,6 +282,7 @@ class Engine:
             else:
                 sequence.held = None
                 assert recent == 0
+                assert self.plan.idle or len(given) == self.plan.count, "a row has no ring, and a ring no row"
                 self.seen["rows without"] += 1
             self.seen["rows"] += 1
             self.seen["full"] += recent == min(size, length)
@@ -300,5 +328,6 @@ def engine_of(
     launch: Launch, load: Load, seed: int, size: int = 16, count: int = 12, device: torch.device = CPU
 ) -> Engine:
     """An engine with so many rings of so many tokens, on a device."""
+    plan = Plan(size, count, IDLE if load.sequences > count else 0)
     most, tokens = load.sequences + 3, load.budget + 16
-    return Engine(Rings(Plan(size, count), load.block, most, tokens, device, launch), load, seed)
+    return Engine(Rings(plan, load.block, most, tokens, device, launch), plan, load, seed)

@@ -42,11 +42,11 @@ def _plan(model: dict[str, Any] = models.DENSE, backend: str = "cuda", **options
     return rings.plan_of(vllm_standin.config_of(model, **options), backend)
 
 
-@pytest.mark.parametrize("most, count", [(1, 1), (100, 100), (256, 256), (1000, 256)])
+@pytest.mark.parametrize("most, plan", [(1, Plan(16, 1)), (256, Plan(16, 256)), (257, Plan(16, 256, rings.IDLE))])
 def test_there_are_as_many_rings_as_sequences_and_no_more_than_the_kernel_takes(
-    vllm_python: None, most: int, count: int
+    vllm_python: None, most: int, plan: Plan
 ) -> None:
-    assert _plan(max_num_seqs=most, max_num_batched_tokens=2048) == Plan(16, count)
+    assert _plan(max_num_seqs=most, max_num_batched_tokens=2048) == plan
 
 
 def test_the_size_comes_from_the_command_line(vllm_python: None) -> None:

@@ -26,6 +26,9 @@ MACROS: dict[str, int | str] = {"MAX_RINGS": MAX_RINGS, "THREADS": THREADS, "MAX
 """What rings.cu is compiled with."""
 DEFAULT = 16
 """Tokens of a ring where the user does not say otherwise."""
+IDLE = 4
+"""Where more sequences may run than there are rings: steps for which a ring must not have been used before others get it. More than
+the batches that a pipeline alternates, as a rule."""
 BACKENDS = ("cuda",)
 """Backends that are given rings."""
 SOURCE = Path(__file__).with_name("rings.cu")
@@ -39,11 +42,13 @@ class Plan:
     Attributes:
         size: tokens of a ring.
         count: rings; 0 for none.
+        idle: steps for which a ring must not have been used before it is given to another sequence.
         why: why there are none.
     """
 
     size: int = 0
     count: int = 0
+    idle: int = 0
     why: str = ""
 
 
@@ -55,7 +60,8 @@ def plan_of(vllm_config: Any, backend: str) -> Plan:
     """
     size = ring_size(vllm_config.additional_config)
     why = _why_none(vllm_config, backend) if size else "recent is 0"
-    return Plan(why=why) if why else Plan(size, min(vllm_config.scheduler_config.max_num_seqs, MAX_RINGS))
+    running = vllm_config.scheduler_config.max_num_seqs
+    return Plan(why=why) if why else Plan(size, min(running, MAX_RINGS), IDLE if running > MAX_RINGS else 0)
 
 
 def ring_size(additional_config: Any) -> int:
@@ -142,7 +148,10 @@ class _Params(Parameters):
             (name, ctypes.c_void_p)
             for name in ("owners", "next", "first", "used", "clock", "slots", "counts", "token_slots")
         ),
-        *((name, ctypes.c_int) for name in ("table_stride", "batch", "most", "tokens", "rings", "size", "block")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("table_stride", "batch", "most", "tokens", "rings", "size", "idle", "block")
+        ),
     )
 
 
@@ -151,7 +160,7 @@ class Rings:
     addresses.
 
     Args:
-        plan: size and number.
+        plan: size, number, and when one is given away.
         block: tokens of a block.
         most: sequences of the largest batch.
         tokens: tokens of the largest batch, padding included.
@@ -180,7 +189,7 @@ class Rings:
         tensors = self._state | {"slots": self.slots, "counts": self.counts, "token_slots": self.token_slots}
         self._parameters = _Params(
             **{name: x.data_ptr() for name, x in tensors.items()},
-            most=most, tokens=tokens, rings=plan.count, size=plan.size, block=block,
+            most=most, tokens=tokens, rings=plan.count, size=plan.size, idle=plan.idle, block=block,
         )  # fmt: skip
 
     def update(self, common: Any, blocks: int) -> None:
