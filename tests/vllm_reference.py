@@ -72,7 +72,8 @@ def written(
 def as_rounding(rounding: Differences, paths: Mapping[str, Differences], floor: float) -> str:
     """Raises unless paths that compute the same thing part as rounding alone makes texts part: no more often, up to two standard
     deviations, and at gaps of no more than twice the largest there or, if rounding goes beyond the floor at all, no more often
-    beyond it (the largest of a few gaps says little). The first token, for which no cache was read, differs only at gaps below the floor.
+    beyond it (the largest of a few gaps says little). The first token, for which no cache was read, differs only at gaps below
+    the floor.
 
     Args:
         rounding: where transformers part from themselves in float32, over the same cache.
