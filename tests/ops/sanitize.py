@@ -25,15 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, RECENT_CASES, SCALE, Case, reference, rings
-
+from emulated_decode import CASES, HEADS, LENGTHS, OPTIONS, RECENT_CASES, SCALE, Case, reference, rings
 from kernel_checks import check_gather, check_recent_copies, check_store, mixed_slots, rotations, vectors
 from kvturbo import KVFormat
 from kvturbo.ops import backends, decode, gather, schedule, store
-from kvturbo.ops.decode import cuda as cuda_decode
+from kvturbo.ops.decode import cuda_schedule
 from kvturbo.ops.decode.variants import FEW_TASKS
 from kvturbo.ops.recent import Recent
 from kvturbo.ops.store import cuda as cuda_store
@@ -207,7 +205,7 @@ class Checks:
                 on_device["schedule"] = schedule.plan(seq_lens, **lens)
             elif self.backend == "cuda":
                 with few_ctas(ctas):
-                    plan = cuda_decode.make_schedule(
+                    plan = cuda_schedule.make_schedule(
                         q, pages, seq_lens, fmt=batch.fmt, out_dtype=case.out, ring_size=case.ring
                     )
                 assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
@@ -226,17 +224,17 @@ class Checks:
 @contextmanager
 def few_ctas(count: int) -> Iterator[None]:
     """Schedules of the cuda backend that are made meanwhile are for at most `count` CTAs: an instrumented launch is slow."""
-    kernels = cuda_decode._kernels
+    kernels = cuda_schedule.kernels
 
     def fewer(*args: Any) -> tuple[Any, ...]:
         *loaded, ctas = kernels(*args)
         return *loaded, min(ctas, count)
 
-    cuda_decode._kernels = fewer
+    cuda_schedule.kernels = fewer
     try:
         yield
     finally:
-        cuda_decode._kernels = kernels
+        cuda_schedule.kernels = kernels
 
 
 def lengths_of(case: Case) -> list[int]:

@@ -103,7 +103,7 @@ def planner_of(backend: str, q: Tensor, cache: Cache, seq_lens: Tensor) -> Calla
     """Something that makes a step's schedule on the device."""
     if backend == "triton":
         return lambda: plan(seq_lens)
-    schedule = import_module("kvturbo.ops.decode.cuda").make_schedule(q, cache.pages, seq_lens, fmt=cache.fmt)
+    schedule = import_module("kvturbo.ops.decode.cuda_schedule").make_schedule(q, cache.pages, seq_lens, fmt=cache.fmt)
     return lambda: schedule.update(seq_lens) or schedule
 
 

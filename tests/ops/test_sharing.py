@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvturbo import KVFormat
 from kvturbo.ops import decode
-from kvturbo.ops.decode import cuda
+from kvturbo.ops.decode.cuda_schedule import Schedule
 from kvturbo.ops.sharing import MOST_KINDS, SharedSchedules
 from support import BACKENDS_UNDER_TEST, Batch, batch_of, device_of, ints, relative_error, same_bits
 
@@ -130,9 +130,7 @@ def test_layers_share_a_plan_and_steps_do_not(backend: str, monkeypatch: pytest.
 def count_plans(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one with every plan that is made."""
     made: list[None] = []
-    owner, name = (
-        (cuda.Schedule, "_update") if backend == "cuda" else (import_module("kvturbo.ops.decode.triton"), "plan")
-    )
+    owner, name = (Schedule, "plan_at") if backend == "cuda" else (import_module("kvturbo.ops.decode.triton"), "plan")
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **options: made.append(None) or real(*args, **options))
     return made

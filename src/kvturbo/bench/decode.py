@@ -131,7 +131,7 @@ def _triton_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
 
 
 def _cuda_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
-    from kvturbo.ops.decode.cuda import make_schedule
+    from kvturbo.ops.decode.cuda_schedule import make_schedule
 
     schedule = make_schedule(inputs.q, inputs.pages, inputs.seq_lens, fmt=inputs.fmt, out_dtype=out_dtype)
     schedule.update(inputs.seq_lens, inputs.q_lens)

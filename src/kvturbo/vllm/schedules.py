@@ -7,7 +7,7 @@ import copy
 import torch
 
 from kvturbo.config import KVFormat
-from kvturbo.ops.decode.cuda import Schedule
+from kvturbo.ops.decode.cuda_schedule import Schedule
 from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
 
 

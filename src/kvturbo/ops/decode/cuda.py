@@ -1,12 +1,10 @@
-"""Decode on int8 tensor cores: builds, schedules and launches decode.cu and schedule.cu."""
+"""Decode on int8 tensor cores: checks calls, finds or makes their plans, and launches decode.cu."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,18 +12,22 @@ from torch import Tensor
 
 from kvturbo.config import KVFormat
 from kvturbo.cuda.jit import Parameters, current_stream
-from kvturbo.cuda.source import TYPES, pointer, sign_words
-from kvturbo.layout import PageLayout
-from kvturbo.ops.decode.loading import kernels as _kernels
+from kvturbo.cuda.source import sign_words
+from kvturbo.ops.decode.cuda_schedule import (
+    Schedule,
+    check_contiguous,
+    idle_schedules,
+    schedule_for,
+    shape_of,
+    variant_of,
+)
 from kvturbo.ops.decode.loading import warmup
-from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
 from kvturbo.ops.recent import Recent
 from kvturbo.ops.sharing import SharedSchedules
 
-__all__ = ["Schedule", "decode", "make_schedule", "prepare", "warmup"]
+__all__ = ["decode", "prepare", "warmup"]
 
 _LOG2E = 1.4426950408889634
-_CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
 
 
 class _Params(Parameters):
@@ -53,167 +55,6 @@ _ADDRESSES = struct.Struct("16P")
 """The first fields of `_Params`; the others are the same in all calls of a kind."""
 
 
-class _ScheduleParams(Parameters):
-    """`Params` of schedule.cu."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("seq_lens", "q_lens", "seq_starts", "recent_counts", "plan")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("batch", "window", "kv_heads", "group", "rows", "step", "ctas", "min_chunk")
-        ),
-    )
-
-
-_SCHEDULE_FIELDS = struct.Struct("5P8i")
-
-
-Memory = tuple[Tensor, Tensor]
-"""Workspace (two partial results per chunk) and counters (zero between launches)."""
-
-
-def memory_for(variant: Variant, device: torch.device) -> Memory:
-    """Memory for the launches of a variant, one after another."""
-    chunks = _CHUNKS_PER_CTA * _kernels(variant, device)[2]
-    workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
-    return workspace, torch.zeros(1 + chunks * variant.warps, dtype=torch.int32, device=device)
-
-
-def _check_contiguous(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous for the cuda backend, got strides {x.stride()}")
-
-
-class Schedule:
-    """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
-
-    The workspace does not grow with the pool or the context: 2 partial results per chunk, 3 chunks per CTA; for head_dim 128
-    on a GPU with 132 multiprocessors at most 2 * 3 * 264 * 16 * 130 * 4 bytes = 13.2 MB (9.9 MB for up to 8 query rows).
-
-    Args:
-        variant: the kernel it is for.
-        batch: number of sequences.
-        kv_heads: KV heads per layer.
-        device: the GPU.
-        memory: of a schedule for the same variant whose launches never run beside this one's; default: its own.
-    """
-
-    def __init__(
-        self, variant: Variant, batch: int, kv_heads: int, device: torch.device, memory: Memory | None = None
-    ) -> None:
-        self.variant, self.batch, self.kv_heads, self.device = variant, batch, kv_heads, device
-        self.window: int | None = None
-        self._planned, self._counts_at = False, 0
-        self._decode, self._plan, self.ctas = _kernels(variant, device)
-        ints = 8 + 8 * _CHUNKS_PER_CTA * self.ctas + 2 * (batch + 1)
-        self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
-        self.workspace, self.counters = memory or memory_for(variant, device)
-        self._addresses = self.plan.data_ptr(), self.workspace.data_ptr(), self.counters.data_ptr()
-        self._sizes = kv_heads, variant.group, variant.rows, variant.step, self.ctas, variant.warps
-        self._threads = variant.warps * 32
-        self._spare: list[_ScheduleParams] = []
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What is its own on the device: the plan."""
-        return [self.plan]
-
-    def update(
-        self,
-        seq_lens: Tensor,
-        q_lens: Tensor | None = None,
-        seq_starts: Tensor | None = None,
-        window: int | None = None,
-        recent_counts: Tensor | None = None,
-    ) -> None:
-        """Makes the plan for new lengths, on the device; tensors as in `kvturbo.ops.decode` (recent_counts: those of `recent`).
-
-        Raises:
-            ValueError: a tensor is not contiguous.
-        """
-        _check_contiguous(seq_lens=seq_lens, q_lens=q_lens, seq_starts=seq_starts, recent_counts=recent_counts)
-        lens = seq_lens.data_ptr(), pointer(q_lens), pointer(seq_starts), pointer(recent_counts)
-        self._update(lens, window, current_stream(self.device.index))
-
-    def _update(self, lens: tuple[int, int, int, int], window: int | None, stream: int) -> None:
-        """Takes the addresses of seq_lens, q_lens, seq_starts and recent_counts."""
-        self.window, self._counts_at, self._planned = window, lens[3], True
-        try:
-            parameters = self._spare.pop()  # one that no other thread is filling
-        except IndexError:
-            parameters = _ScheduleParams()
-        _SCHEDULE_FIELDS.pack_into(parameters, 0, *lens, self._addresses[0], self.batch, window or 0, *self._sizes)
-        self._plan.launch(1, 1024, parameters, stream)
-        self._spare.append(parameters)
-
-
-@lru_cache(maxsize=16)
-def _stream_memory(variant: Variant, device: torch.device, stream: int) -> Memory:
-    return memory_for(variant, device)
-
-
-@dataclass(frozen=True, eq=False)
-class _Shape:
-    """What schedules are made for. Its hash is its identity: it is a key in every call."""
-
-    variant: Variant
-    batch: int
-    kv_heads: int
-    device: torch.device
-
-
-@lru_cache(maxsize=256)
-def _shape(variant: Variant, batch: int, kv_heads: int, device: torch.device) -> _Shape:
-    return _Shape(variant, batch, kv_heads, device)
-
-
-def _schedule_of(shape: _Shape, stream: int) -> Schedule:
-    """A schedule in a stream's memory."""
-    memory = _stream_memory(shape.variant, shape.device, stream)
-    return Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device, memory)
-
-
-@lru_cache(maxsize=64)
-def _idle_schedules(shape: _Shape, stream: int) -> list[Schedule]:
-    """A stream's schedules for calls without one; a call takes one out, so that no thread makes a plan in another's."""
-    return []
-
-
-def make_schedule(
-    q: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
-    *,
-    fmt: KVFormat,
-    out_dtype: torch.dtype | None = None,
-    ring_size: int = 0,
-) -> Schedule:
-    """A schedule for decode calls with such tensors; call its `update` once per step, before the step's decodes.
-
-    Args:
-        q, pages, seq_lens, fmt: as in `kvturbo.ops.decode`.
-        out_dtype: of the outputs (default: q's).
-        ring_size: of the calls' `recent`; 0 for calls without.
-    """
-    variant = _variant(q, pages, seq_lens, fmt, out_dtype or q.dtype, ring_size)
-    return Schedule(variant, len(seq_lens), pages.shape[1], q.device)
-
-
-def _variant(
-    q: Tensor, pages: Tensor, seq_lens: Tensor, fmt: KVFormat, out_dtype: torch.dtype, ring_size: int
-) -> Variant:
-    for name, dtype in (("q", q.dtype), ("out", out_dtype)):
-        if dtype not in TYPES:
-            raise TypeError(f"{name} must be one of {', '.join(map(str, TYPES))} for the cuda backend, got {dtype}")
-    batch, kv_heads = len(seq_lens), pages.shape[1]
-    q_len = -(-q.shape[0] // max(1, batch))
-    return variant_for(
-        fmt, PageLayout.page_size_of(fmt, pages.shape[2]), q.dtype, out_dtype, q.shape[1] // kv_heads, q_len,
-        batch * kv_heads, limits_of(q.device), ring_size,
-    )  # fmt: skip
-
-
 class _Call:
     """What calls of one kind share: their kernel, and all of its parameters but the addresses."""
 
@@ -231,8 +72,8 @@ class _Call:
         window: int | None,
         soft_cap: float | None,
     ) -> None:
-        variant = _variant(q, pages, seq_lens, fmt, out_dtype, 0 if recent is None else recent.size)
-        self.shape = _shape(variant, len(seq_lens), pages.shape[1], q.device)
+        variant = variant_of(q, pages, seq_lens, fmt, out_dtype, 0 if recent is None else recent.size)
+        self.shape = shape_of(variant, len(seq_lens), pages.shape[1], q.device)
         self.window = window
         one = torch.empty((), dtype=torch.float32, device=q.device)
         self._lse = one.expand(q.shape[:2])  # for empty_like, a third faster than empty
@@ -276,12 +117,12 @@ class _Call:
         elif torch.cuda.is_current_stream_capturing():  # a captured graph gets one of its own, in its own memory
             schedule = self._planned(Schedule(shape.variant, shape.batch, shape.kv_heads, shape.device), lens, stream)
         elif schedule is None or recent is not None:  # whose counts shared plans don't know
-            idle = _idle_schedules(shape, stream)
+            idle = idle_schedules(shape, stream)
             try:
                 schedule = idle.pop()
             except IndexError:
-                schedule = _schedule_of(shape, stream)
-            schedule._update(lens, self.window, stream)
+                schedule = schedule_for(shape, stream)
+            schedule.plan_at(lens, self.window, stream)
         else:
             kind = shape, self.window, stream
             schedule = schedule.find(kind, seq_lens, q_lens, seq_starts) or schedule.make(
@@ -293,10 +134,10 @@ class _Call:
             parameters = _Params(*[None] * 16, *self._sizes)
         _ADDRESSES.pack_into(
             parameters, 0, q.data_ptr(), at_pages, block_table.data_ptr(), *lens[:3], 0 if sinks is None else sinks.data_ptr(),
-            0 if outlier_channels is None else outlier_channels.data_ptr(), *rings, *schedule._addresses, out.data_ptr(),
+            0 if outlier_channels is None else outlier_channels.data_ptr(), *rings, *schedule.addresses, out.data_ptr(),
             lse.data_ptr(),
         )  # fmt: skip
-        schedule._decode.launch(schedule.ctas, schedule._threads, parameters, stream)
+        schedule.kernel.launch(schedule.ctas, schedule.threads, parameters, stream)
         self._spare.append(parameters)
         if idle is not None:
             idle.append(schedule)
@@ -304,8 +145,8 @@ class _Call:
 
     def _planned(self, last: Schedule | None, lens: tuple[int, int, int, int], stream: int) -> Schedule:
         """A plan in the memory of the last one."""
-        schedule = last or _schedule_of(self.shape, stream)
-        schedule._update(lens, self.window, stream)
+        schedule = last or schedule_for(self.shape, stream)
+        schedule.plan_at(lens, self.window, stream)
         return schedule
 
     def _check(self, schedule: Any, counts_at: int) -> None:
@@ -321,9 +162,9 @@ class _Call:
             raise ValueError(
                 f"the schedule is for another call: {schedule.variant}, batch {schedule.batch}, window {schedule.window}"
             )
-        if schedule._counts_at != counts_at:
+        if schedule.counts_at != counts_at:
             raise ValueError("the schedule was updated with other recent_counts than those of this call's recent")
-        if not schedule._planned:
+        if not schedule.planned:
             raise RuntimeError("the schedule has no plan: call its update before the step's decodes")
 
 
@@ -362,7 +203,7 @@ def prepare(
         q, pages, block_table, seq_lens, out_dtype, recent, fmt=fmt, scale=scale, window=window, soft_cap=soft_cap
     ).run
     slots, counts = (None, None) if recent is None else recent[1:]
-    _check_contiguous(
+    check_contiguous(
         out=out,
         slots=slots,
         counts=counts,
