@@ -16,7 +16,7 @@ from kvturbo.bench.decode import CASES, Runner
 from kvturbo.bench.registry import PROVIDERS, Case
 from kvturbo.bench.running import checked_commit, run
 
-SHAPE = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "page_size"}
+SHAPE = {"batch", "context", "kv_heads", "group", "head_dim", "q_len", "format", "ragged", "page_size", "recent"}
 KEYS = SHAPE | {"rel_err", "gb_per_s"}
 
 
@@ -45,7 +45,7 @@ def test_other_providers_are_measured_once_per_shape(monkeypatch: pytest.MonkeyP
     measured = []
 
     def measure(self: Runner, name: str, inputs: Any) -> float:
-        measured.append((name, inputs.case.format))
+        measured.append((name, inputs.case.format, inputs.case.recent))
         return 10.0
 
     class FakeInputs:
@@ -60,12 +60,14 @@ def test_other_providers_are_measured_once_per_shape(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("kvturbo.bench.decode.Inputs", FakeInputs)
     rows: list[dict[str, Any]] = []
     runner = Runner(["fa3_bf16", "kvturbo"])
-    assert run([Case(2, 100), Case(2, 100, format="k2v2")], runner.row, 100, rows.append)
-    assert measured == [("fa3_bf16", "k4v4"), ("kvturbo", "k4v4"), ("kvturbo", "k2v2")]
+    assert run([Case(2, 100), Case(2, 100, format="k2v2"), Case(2, 100, recent=8)], runner.row, 100, rows.append)
+    ours = [("kvturbo", "k4v4", 0), ("kvturbo", "k2v2", 0), ("kvturbo", "k4v4", 8)]
+    assert measured == [("fa3_bf16", "k4v4", 0), *ours]
     assert all(set(row) == KEYS | {"fa3_bf16_us", "kvturbo_us"} for row in rows)
     assert rows[0]["gb_per_s"] == pytest.approx(2 * 100 * 8 * 132 / 10e3)
-    assert not run([Case(2, 100)], runner.row, -1.0, rows.append) and len(rows) == 2
-    assert "k2v2" in report.decode_table(rows, ["fa3_bf16", "kvturbo"])
+    assert not run([Case(2, 100)], runner.row, -1.0, rows.append) and len(rows) == 3
+    table = report.decode_table(rows, ["fa3_bf16", "kvturbo"])
+    assert "k2v2" in table and "k4v4+8" in table
 
 
 def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

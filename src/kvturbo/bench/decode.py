@@ -16,6 +16,7 @@ from kvturbo.bench.timing import graph_us
 from kvturbo.config import SIDES, KVFormat
 from kvturbo.layout import PageLayout
 from kvturbo.ops import backends, decode
+from kvturbo.ops.recent import Recent
 from kvturbo.quantizer import dequantize
 
 MAX_ERROR = 1e-3
@@ -40,6 +41,10 @@ CASES: dict[str, list[Case]] = {
     "formats": [
         Case(32, 32768, format=name)
         for name in ("k4v3", "k4v2", "k3v3", "k3v2", "k2v2", "k8v4", "lite4", "k4v4-o16", "k4v4-o32")
+    ],
+    "rings": [
+        replace(case, recent=16)
+        for case in (Case(1, 32768), Case(8, 8192, 4, 7), Case(32, 32768), Case(32, 32768, 4, 8), Case(128, 4096))
     ],
 }
 """By name, in the order of the table."""
@@ -77,6 +82,15 @@ class Inputs:
             return None
         return torch.stack([torch.randperm(self.fmt.head_dim, device="cuda")[:count] for _ in range(heads)])
 
+    @cached_property
+    def recent(self) -> Recent | None:
+        """A full ring of other keys and values for every sequence."""
+        size, (batch, heads, d) = self.case.recent, (self.case.batch, self.case.kv_heads, self.case.head_dim)
+        if not size:
+            return None
+        rows = torch.randn(batch, heads, 2, size, d, device="cuda").bfloat16()
+        return Recent(rows, torch.randperm(batch, device="cuda").int(), self.seq_lens.clamp(max=size))
+
     def num_pages(self) -> int:
         """Pages of all sequences."""
         return sum(-(-length // self.case.page_size) for length in self.lengths)
@@ -99,7 +113,7 @@ class Inputs:
         """kvturbo's decode into `out` (None: into new memory)."""
         return decode(
             self.q, self.pages, self.table, self.seq_lens, fmt=self.fmt, scale=self.scale, q_lens=self.q_lens,
-            outlier_channels=self.channels, schedule=schedule, out=out, backend=backend,
+            outlier_channels=self.channels, schedule=schedule, out=out, backend=backend, recent=self.recent,
         )  # fmt: skip
 
     def error(self, backend: str) -> float:
@@ -117,6 +131,10 @@ class Inputs:
             dequantize(self.layout.read(block, side), self.fmt, side, channels).flatten(0, 1)[:length].double()
             for side in SIDES
         )
+        if self.recent is not None:
+            newest = torch.arange(length - int(self.recent.counts[b]), length, device="cuda")
+            ring = self.recent.rows[int(self.recent.slots[b]), head]
+            k[newest], v[newest] = ring[:, newest % self.case.recent].double()
         rows = slice(b * n, (b + 1) * n), slice(head * group, (head + 1) * group)
         scores = self.q[rows].double() @ k.T * self.scale  # [n, group, length]
         seen = torch.arange(length, device="cuda") <= length - n + torch.arange(n, device="cuda")[:, None]
@@ -133,8 +151,11 @@ def _triton_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
 def _cuda_schedule(inputs: Inputs, out_dtype: torch.dtype) -> Any:
     from kvturbo.ops.decode.cuda_schedule import make_schedule
 
-    schedule = make_schedule(inputs.q, inputs.pages, inputs.seq_lens, fmt=inputs.fmt, out_dtype=out_dtype)
-    schedule.update(inputs.seq_lens, inputs.q_lens)
+    schedule = make_schedule(
+        inputs.q, inputs.pages, inputs.seq_lens, fmt=inputs.fmt, out_dtype=out_dtype, ring_size=inputs.case.recent
+    )
+    counts = None if inputs.recent is None else inputs.recent.counts
+    schedule.update(inputs.seq_lens, inputs.q_lens, recent_counts=counts)
     return schedule
 
 
@@ -186,7 +207,7 @@ class Runner(Skips):
 
     def _time(self, name: str, inputs: Inputs) -> float | None:
         provider = PROVIDERS.get(name)
-        if not provider.every_format and inputs.case.format != Case.format:
+        if not provider.every_format and (inputs.case.format != Case.format or inputs.case.recent):
             return None
         key = (name, inputs.case if provider.packed else inputs.case.baseline())
         if key not in self._known:

@@ -35,6 +35,7 @@ class Case:
         format: name of kvturbo's format; other providers do not look at it.
         ragged: lengths log-uniform from `SHORTEST` to context instead of all equal.
         page_size: tokens per page, for every provider.
+        recent: newest tokens that kvturbo reads raw, from rings; other providers do not look at it.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Case:
     format: str = "k4v4"
     ragged: bool = False
     page_size: int = PAGE_SIZE
+    recent: int = 0
 
     SHORTEST = 128
 
@@ -57,8 +59,8 @@ class Case:
         return [int(self.SHORTEST * (self.context / self.SHORTEST) ** float(e)) for e in exponent]
 
     def baseline(self) -> Case:
-        """The same shape in the default format: what other providers depend on."""
-        return replace(self, format=Case.format)
+        """The same shape in the default format, all packed: what other providers depend on."""
+        return replace(self, format=Case.format, recent=Case.recent)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Provider:
     Attributes:
         prepare: (inputs) -> a call; raises `MissingError` where it can't.
         packed: whether it reads kvturbo's pages, so that its result can be checked.
-        every_format: whether it is timed for other formats than the default, which compiles a kernel for each.
+        every_format: whether it is timed for other formats than the default and for raw tokens, which compiles a kernel for
+            each.
     """
 
     prepare: Callable[[Inputs], Call]

@@ -63,4 +63,5 @@ def _cells(row: dict[str, Any], others: Sequence[str]) -> list[str]:
     times = [row.get(f"{name}_us") for name in [*others, "kvturbo"]]
     ratios = [f"{time / ours:.2f}" if time and ours else "-" for time in times[:-1]]
     figures = [f"{row['rel_err']:.1e}" if row["rel_err"] else "-", f"{row['gb_per_s']:.0f}" if row["gb_per_s"] else "-"]
-    return [*shape, row["format"], *(f"{time:.1f}" if time else "-" for time in times), *ratios, *figures]
+    fmt = row["format"] + (f"+{row['recent']}" if row["recent"] else "")
+    return [*shape, fmt, *(f"{time:.1f}" if time else "-" for time in times), *ratios, *figures]
