@@ -78,6 +78,7 @@ class Engine:
         self.held: dict[int, Token] = {}
         self.user: dict[int, Sequence] = {}
         self.last: list[Token] = []
+        self.written: set[int] = set()
         self.names, self.steps, self.seen = 0, 0, Counter[str]()
 
     # ---- blocks, as vLLM keeps them: full ones are found by their tokens until they are taken for others
@@ -109,10 +110,11 @@ class Engine:
             sequence.blocks.append(block)
             sequence.computed = end
             self.seen["blocks found"] += 1
+            self.seen["found while they are written"] += block in self.written
 
-    def _cache_full_blocks(self, sequence: Sequence) -> None:
+    def _cache_full_blocks(self, sequence: Sequence, end: int) -> None:
         size = self.load.block
-        for i, block in enumerate(sequence.blocks[: sequence.computed // size]):
+        for i, block in enumerate(sequence.blocks[: end // size]):
             key = tuple(sequence.tokens[: (i + 1) * size])
             if block not in self.hash_of and key not in self.cached:
                 self.cached[key], self.hash_of[block] = block, key
@@ -146,19 +148,22 @@ class Engine:
         if len(self.waiting) < 3:
             self.waiting.append(self._arrive())
         while self.waiting and len(self.running) < self.load.sequences and self.random.random() < 0.7:
-            sequence = self.waiting.pop(0)
-            self._find_prefix(sequence)
-            self.running.append(sequence)
+            self.running.append(self.waiting.pop(0))
 
     def _work(self) -> list[tuple[Sequence, int]]:
-        """Rows of a step: sequences and their new tokens; blocks are taken, and drafts are made up."""
+        """Rows of a step: sequences and their new tokens; blocks are taken, and drafts are made up. Blocks that a row fills are
+        found by later rows of the same step.
+        """
         rows, budget = [], self.load.budget
+        self.written = set()
         for sequence in self.random.sample(self.running, len(self.running)):
             if self.random.random() < self.load.missing or not budget:
                 continue
+            if not sequence.blocks:
+                self._find_prefix(sequence)
             ahead = len(sequence.tokens) - sequence.computed
             count = min(ahead, budget, self.random.choice((ahead, ahead, self.random.randint(0, ahead) + 1)))
-            sequence.decodes = ahead == 0
+            sequence.decodes, known = ahead == 0, max(len(sequence.tokens), sequence.computed + 1)
             if sequence.decodes:
                 count = min(1 + self.random.randint(0, self.load.drafts), budget)
                 sequence.tokens += [self._token() for _ in range(count)]
@@ -170,6 +175,8 @@ class Engine:
                 self.seen["out of blocks"] += 1
                 continue
             sequence.blocks += [self._new_block() for _ in range(needed)]
+            self.written |= set(sequence.blocks[sequence.computed // self.load.block :])
+            self._cache_full_blocks(sequence, min(sequence.computed + count, known))
             rows.append((sequence, count))
             budget -= count
         return rows
@@ -215,7 +222,7 @@ class Engine:
 
     def _expected(self, table: list[list[int]], lengths: list[int], counts: list[int], slots: list[int]) -> list[int]:
         """Which row has which ring, by the rules: first those that know theirs, the first of those that know the same; then the
-        others, from the ring on that has been unused longest.
+        others, from the ring on that has been unused longest. Where another row writes a block, nothing is known of it.
         """
         state = {name: x.tolist() for name, x in self.rings._state.items()}
         ring_of_block = self.rings._ring_of_block.tolist() or [-1] * self.load.blocks
@@ -226,6 +233,8 @@ class Engine:
                 continue
             block = blocks[(before - 1) // self.load.block]
             ring = ring_of_block[block] if before else -1
+            if before % self.load.block == 0 and block in self.written:
+                ring = -1
             knows = ring >= 0 and block in state["owners"][ring] and 0 <= state["next"][ring] - before <= MAX_Q_LEN
             if knows and ring not in given:
                 given[row] = ring
@@ -241,6 +250,7 @@ class Engine:
     def _dummy_run(self) -> None:
         """Rows that an engine makes up, whose tokens are not stored: on the null block, or on what the table held before."""
         self.seen["dummy runs"] += 1
+        self.written = set()
         table = [[0] * 8] * 2 + [sequence.blocks + [0] * 8 for sequence in self.running[:3]]
         counts = [self.random.randint(1, 4) for _ in table]
         lengths = [self.random.choice((n, n + self.load.block)) for n in counts]
@@ -307,7 +317,7 @@ class Engine:
             self.seen["rejected"] += len(sequence.tokens) - end
             del sequence.tokens[end:]
         sequence.computed = end
-        self._cache_full_blocks(sequence)
+        self._cache_full_blocks(sequence, end)
 
 
 LOADS = {

@@ -58,6 +58,7 @@ def test_the_loads_have_all_that_can_happen(few: Launch) -> None:
         "preempted",
         "out of blocks",
         "blocks found",
+        "found while they are written",
         "rejected",
         "inherited",
         "lost",
@@ -189,6 +190,23 @@ def test_a_block_that_another_row_writes_is_forgotten(few: Launch) -> None:
     step(([1], 10, 10))
     step(([1], 10, 10))  # another sequence of the same length in the same block, which found no ring
     assert step(([1], 11, 1)) == ([-1], [0])
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_prefix_that_another_row_writes_in_the_same_step_has_no_ring_of_what_lay_there(
+    few: Launch, behind: bool
+) -> None:
+    step = Rows(few, count=3)
+    step(([1, 2], 32, 32))  # ends; its last block is taken for other tokens, which the next row shares at once
+    rows = [([3, 2, 4], 40, 40), ([3, 2, 5], 34, 2)]
+    assert step(*(rows if behind else rows[::-1]))[1] == ([16, 2] if behind else [2, 16])
+
+
+def test_a_block_that_a_row_fills_does_not_give_its_ring_to_a_row_that_shares_it(few: Launch) -> None:
+    step = Rows(few)
+    step(([1, 2, 3], 28, 28))
+    step(([1, 2, 3], 33, 5))  # the last two of four drafts are rejected, so the ring's token 31 is one of these
+    assert step(([1, 2, 5], 34, 2), ([1, 2, 3], 32, 1)) == ([1, 0], [2, 15])
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

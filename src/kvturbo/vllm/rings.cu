@@ -9,6 +9,9 @@
 //   loses its entry before the row's ring is entered. A block that was freed and not written since still holds what it held.
 // - Two sequences have a block in common only if it is full and they are equal up to its end (prefix caching). Both may ask for the ring;
 //   what it holds below n - m is the same for both, what it holds from there on is stored anew before it is read. One of them gets it.
+//   vLLM lets a row share blocks that another row of the same step writes, whose entries are still of what lay there before. So a row
+//   whose past ends with its block looks after entries of written blocks are gone; one that ends within its block, which nobody else
+//   has, looks before.
 // - Rejected drafts: tokens from n - m on are stored again, in pages and in the ring. They have taken the places of tokens below
 //   next[s] - R, which is why `first` is raised to that.
 // - Preemption, and requests that come back: n - m is then another, or the block was written by others, or its tokens are still the same.
@@ -53,6 +56,8 @@ __device__ int ring_of(const Params& p, int b, const Row& row) {
   if (ring < 0 || p.owners[2 * ring] != block && p.owners[2 * ring + 1] != block) return -1;
   return p.next[ring] - MAX_Q_LEN <= row.before && row.before <= p.next[ring] ? ring : -1;
 }
+
+__device__ bool ends_within(const Params& p, const Row& row) { return (unsigned)row.before % p.block != 0; }  // a block: its past
 
 // How many threads before this one say yes, and how many do in all.
 __device__ int rank_of(bool yes, int* warps, int& sum) {
@@ -116,10 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rings(const Params p) {
 #pragma unroll 1
   for (int b = thread; b < p.batch; b += THREADS) {
     const Row row = row_of(p, b);
-    const int ring = row.tokens ? ring_of(p, b, row) : -1;
-    p.slots[b] = ring;
-    // The lowest row has it. Whoever finds another's claim knows that one of them must ask for another ring.
-    if (row.tokens && (ring < 0 || atomicMax(&claims[ring], ~b) != NOBODY)) atomicMax(&asked, 1);
+    p.slots[b] = row.tokens && ends_within(p, row) ? ring_of(p, b, row) : -1;
   }
 #pragma unroll 1
   for (int i = thread; i < written; i += THREADS) p.token_slots[i] = -1;
@@ -140,6 +142,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rings(const Params p) {
       for (int i = 2 + lane; i < blocks; i += 32) forget(p, b - lane + from, start + i);
     }
   }
+  __syncthreads();
+
+#pragma unroll 1
+  for (int b = thread; b < p.batch; b += THREADS) {
+    const Row row = row_of(p, b);
+    if (!row.tokens) continue;
+    const int ring = ends_within(p, row) ? p.slots[b] : ring_of(p, b, row);
+    p.slots[b] = ring;
+    // The lowest row has it. Whoever finds another's claim knows that one of them must ask for another ring.
+    if (ring < 0 || atomicMax(&claims[ring], ~b) != NOBODY) atomicMax(&asked, 1);
+  }
+  __syncthreads();
   if (asked) sort_free(p, now, claims, ages, order);
   __syncthreads();
 
