@@ -35,7 +35,7 @@ class _ScheduleParams(Parameters):
 _SCHEDULE_FIELDS = struct.Struct("5P8i")
 
 Memory = tuple[Tensor, Tensor]
-"""Workspace (two partial results per chunk) and counters (zero between launches)."""
+"""Workspace (two partial results per chunk, with rings four) and counters (zero between launches)."""
 
 
 def memory_for(variant: Variant, device: torch.device) -> Memory:
@@ -56,7 +56,8 @@ class Schedule:
     """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
 
     The workspace does not grow with the pool or the context: 2 partial results per chunk, 3 chunks per CTA; for head_dim 128
-    on a GPU with 132 multiprocessors at most 2 * 3 * 264 * 16 * 130 * 4 bytes = 13.2 MB (9.9 MB for up to 8 query rows).
+    on a GPU with 132 multiprocessors at most 2 * 3 * 264 * 16 * 130 * 4 bytes = 13.2 MB (9.9 MB for up to 8 query rows), and
+    twice as much where newest tokens are read raw, whose results lie beside.
 
     Args:
         variant: the kernel it is for.
