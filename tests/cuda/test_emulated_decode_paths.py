@@ -36,6 +36,16 @@ def test_newest_tokens_are_read_raw(run: Runner, options: dict[str, Any]) -> Non
     assert relative_error(packed, raw) > 5 * run.case.bound, "raw tokens make no difference"
 
 
+@pytest.mark.parametrize("kernel", RECENT_CASES[:1], ids=lambda case: case.label, indirect=True)
+def test_rings_that_begin_between_16_bytes_are_refused(run: Runner) -> None:
+    batch = run.batch()
+    q = run.queries(batch)
+    recent = rings(batch, [min(run.case.ring, n) for n in LENGTHS], run.case.ring, q.dtype)
+    room = torch.zeros(recent.rows.numel() + 1, dtype=q.dtype)
+    with pytest.raises(ValueError, match="recent.rows must begin at a multiple of 16 bytes, got address 0x"):
+        run(q, batch, recent=recent._replace(rows=room[1:].view(recent.rows.shape)))
+
+
 @pytest.mark.parametrize("side, value", [("k", math.inf), ("k", math.nan), ("v", -math.inf), ("v", math.nan)])
 @pytest.mark.parametrize("kernel", RECENT_CASES[1:2], ids=lambda case: case.label, indirect=True)
 def test_a_raw_token_that_is_not_finite_makes_exactly_the_rows_that_see_it_nan(

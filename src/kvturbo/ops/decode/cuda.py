@@ -106,6 +106,8 @@ class _Call:
         lse = torch.empty_like(self._lse, memory_format=torch.contiguous_format)
         stream = current_stream(shape.device.index)
         rings = (0, 0, 0) if recent is None else tuple(map(Tensor.data_ptr, recent))
+        if rings[0] % 16:
+            raise ValueError(f"recent.rows must begin at a multiple of 16 bytes, got address {rings[0]:#x}")
         lens = (
             seq_lens.data_ptr(),
             0 if q_lens is None else q_lens.data_ptr(),
