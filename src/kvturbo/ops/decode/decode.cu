@@ -612,33 +612,12 @@ DEV void make_query(const Params& p, const Task& k, int start, const Queries& sh
 }
 
 #if RECENT
-// A row of raw elements: four neighbouring channels of 128 per lane, as they lie in memory; 0 beyond the last channel.
-struct Quads {
-  static constexpr int COUNT = (D + 127) / 128, WORDS = Q_TYPE == 2 ? 4 : 2;
-  u32 w[COUNT][WORDS];
-  DEV void load(const u32* row, int lane) {
-    UNROLL for (int e = 0; e < COUNT; e++) {
-      const u32* at = row + (32 * e + lane) * WORDS;
-      UNROLL for (int j = 0; j < WORDS; j++) w[e][j] = 0;
-      if (128 * e + 4 * lane >= D) continue;
-      if (WORDS == 4) { const uint4 x = *(const uint4*)at; w[e][0] = x.x; w[e][1] = x.y; w[e][WORDS - 2] = x.z; w[e][WORDS - 1] = x.w; }
-      else { const uint2 x = *(const uint2*)at; w[e][0] = x.x; w[e][1] = x.y; }
-    }
-  }
-  DEV float at(int e, int j) const {
-    if (Q_TYPE == 2) return __uint_as_float(w[e][j % WORDS]);
-    const u32 x = w[e][j / 2];
-    if (Q_TYPE == 0) return __uint_as_float(j % 2 ? x & 0xffff0000u : x << 16);
-    const float2 f = half2_to_float2(x);
-    return j % 2 ? f.y : f.x;
-  }
-};
-
 // The attention of a task's rows to its sequence's newest tokens, whose raw keys and values lie beside the pages, so that they need not be
 // rotated. It is computed where the task's last piece begins, and joined when a row is finished. The keys and values of the sequence and head
 // are copied to shared memory before the piece's first pages, since a load behind these would wait for all of them. A warp per row as
 // in put_queries; a lane has four neighbouring channels of 128, then a token's score. With 16 tokens of 128 channels 450 instructions per row.
 struct Newest {
+  static constexpr int QUADS = (D + 127) / 128;
   static constexpr int BYTES = 2 * RECENT * D * (Q_TYPE == 2 ? 4 : 2), BATCH = 8;  // tokens at once; with more the compiler loads so many that it spills
 #if __CUDA_ARCH__ >= 900
   static constexpr int BEHIND = 0;    // groups of copies that may be on their way still: pages come by bulk copies
@@ -678,12 +657,17 @@ struct Newest {
     }
     DEV bool operator[](int place) const { const int i = (place - at) & (RECENT - 1); return i >= from && i < to; }
   };
+  static DEV void load(const u8* rows, int i, int lane, float (&x)[QUADS][4]) {  // row i; 0 beyond the last channel
+    UNROLL for (int e = 0; e < QUADS; e++) {
+      UNROLL for (int j = 0; j < 4; j++) x[e][j] = 0;
+      if (128 * e + 4 * lane < D) load4<Q_TYPE>(rows, i * D + 128 * e + 4 * lane, x[e]);
+    }
+  }
   // Of row r, whose elements lie 32 e + lane in x[e], to memory: O, then m and l, as partial results lie.
-  static DEV void put_row(const Params& p, const Task& k, int r, const float (&x)[E], const u32* keys, const u32* values, float* part, int lane) {
-    constexpr int COUNT = Quads::COUNT, LINE = D * Quads::WORDS / 4;
+  static DEV void put_row(const Params& p, const Task& k, int r, const float (&x)[E], const u8* keys, const u8* values, float* part, int lane) {
     const Seen seen(p, k, r);
-    float q[COUNT][4], o[COUNT][4], score = 0;
-    UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) {
+    float q[QUADS][4], o[QUADS][4], score = 0;
+    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) {
       q[e][j] = o[e][j] = 0;
       UNROLL for (int i = 4 * e; i < E && i < 4 * e + 4; i++) {  // channel 128 e + 4 lane + j
         const float y = __shfl_sync(~0u, x[i], lane % 8 * 4 + j);
@@ -694,10 +678,10 @@ struct Newest {
     for (int b = 0; b < RECENT; b += BATCH) {
       float s[BATCH];
       UNROLL for (int i = 0; i < BATCH; i++) {
-        Quads key;
-        key.load(keys + (b + i) * LINE, lane);
+        float key[QUADS][4];
+        load(keys, b + i, lane, key);
         s[i] = 0;  // what a token gives that the row does not see is not looked at
-        UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) s[i] = fmaf(q[e][j], key.at(e, j), s[i]);
+        UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) s[i] = fmaf(q[e][j], key[e][j], s[i]);
       }
       const float sum = sums(s, lane);
       if (lane % RECENT / BATCH == b / BATCH) score = sum;
@@ -714,16 +698,16 @@ struct Newest {
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
 #pragma unroll BATCH
     for (int i = 0; i < RECENT; i++) {
-      Quads value;
-      value.load(values + i * LINE, lane);
+      float value[QUADS][4];
+      load(values, i, lane, value);
       const float w = __shfl_sync(~0u, weight, i);
       const bool real = seen[i];  // a weight of 0 would not do for what was never written
-      UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = fmaf(w, real ? value.at(e, j) : 0.f, o[e][j]);
+      UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) o[e][j] = fmaf(w, real ? value[e][j] : 0.f, o[e][j]);
     }
     bool finite = true;
-    UNROLL for (int e = 0; e < COUNT; e++) UNROLL for (int j = 0; j < 4; j++) finite = finite && fabsf(o[e][j]) < INF;
+    UNROLL for (int e = 0; e < QUADS; e++) UNROLL for (int j = 0; j < 4; j++) finite = finite && fabsf(o[e][j]) < INF;
     finite = __all_sync(~0u, finite);  // else the row is NaN, as one that sees a NaN scale
-    UNROLL for (int e = 0; e < COUNT; e++) {
+    UNROLL for (int e = 0; e < QUADS; e++) {
       UNROLL for (int j = 0; j < 4; j++) o[e][j] = finite ? o[e][j] : NOT_A_NUMBER;
       if (128 * e + 4 * lane < D) store4<2>(part, r * D + 128 * e + 4 * lane, o[e]);
     }
@@ -734,7 +718,7 @@ struct Newest {
     UNROLL for (int i = 0; i < Rows::MINE; i++) {
       const int r = warp + i * NW;
       if (r >= ROWS) break;
-      put_row(p, k, r, rows.x[i], (const u32*)raw, (const u32*)(raw + BYTES / 2), part, lane);
+      put_row(p, k, r, rows.x[i], raw, raw + BYTES / 2, part, lane);
     }
   }
   // What a row has from there, when it is finished.
