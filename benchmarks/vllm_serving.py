@@ -29,6 +29,7 @@ import torch
 from kvturbo.bench import report, running, vllm_recent
 from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
+from kvturbo.vllm import rings
 
 RESULTS = Path(__file__).parent / "results"
 TAIL = 4000
@@ -51,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recent",
         type=int,
-        choices=vllm_recent.SIZES,
+        choices=rings.SIZES,
         help="tokens of the rings that packed caches have; default: the engine's own",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")

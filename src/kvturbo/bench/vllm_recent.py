@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvturbo.ops.recent import RING_SIZES
 from kvturbo.vllm import rings
 from kvturbo.vllm.formats import cache_dtypes
-
-SIZES = (0, *RING_SIZES)
-"""What a user may ask for."""
 
 
 def sizes_of(text: str) -> list[int]:
@@ -19,7 +15,7 @@ def sizes_of(text: str) -> list[int]:
     Raises:
         ValueError: something else is in it.
     """
-    known = {str(size): size for size in SIZES}
+    known = {str(size): size for size in rings.SIZES}
     names = text.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -24,6 +24,8 @@ MAX_RINGS = 256
 THREADS = 1024
 MACROS: dict[str, int | str] = {"MAX_RINGS": MAX_RINGS, "THREADS": THREADS, "MAX_Q_LEN": MAX_Q_LEN}
 """What rings.cu is compiled with."""
+SIZES = (0, *RING_SIZES)
+"""What a user may ask for."""
 DEFAULT = 16
 """Tokens of a ring where the user does not say otherwise."""
 IDLE = 4
@@ -74,10 +76,9 @@ def ring_size(additional_config: Any) -> int:
     if not isinstance(options, dict) or set(options) - {"recent"}:
         raise ValueError(f'kvturbo: "kvturbo" in --additional-config must be like {{"recent": 16}}, got {options!r}')
     size = options.get("recent", DEFAULT)
-    valid = (0, *RING_SIZES)
-    if type(size) is not int or size not in valid:
+    if type(size) is not int or size not in SIZES:
         raise ValueError(
-            f"kvturbo: recent in --additional-config must be one of {', '.join(map(str, valid))}, got {size!r}"
+            f"kvturbo: recent in --additional-config must be one of {', '.join(map(str, SIZES))}, got {size!r}"
         )
     return size
 
