@@ -162,6 +162,13 @@ class Runner:
         return out, lse
 
 
+def starts(plan: Tensor, ctas: int) -> list[int]:
+    """Where the CTAs' own chunks begin: CTAs of a rank have a share each, those of the next rank `taper` less."""
+    big, taper, per_rank = (int(plan[i]) for i in (0, 6, 7))
+    shares = [big - c // per_rank * taper for c in range(ctas)]
+    return [sum(shares[:c]) for c in range(ctas)]
+
+
 def reference(q: Tensor, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=torch.float64)
     for name in ("q_lens", "seq_starts"):

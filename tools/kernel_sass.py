@@ -25,7 +25,7 @@ import triton
 from kvturbo.config import KVFormat
 from kvturbo.cuda.jit import compile_source
 from kvturbo.cuda.source import source
-from kvturbo.ops.decode.variants import FOLDER, Limits, Variant, variant_for
+from kvturbo.ops.decode.variants import FOLDER, SHARES, Limits, Variant, variant_for
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 H100 = Limits(227 * 1024, 228 * 1024, True)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     variant = variant_of(given)
     macros = variant.macros() | dict(text.split("=", 1) for text in given.D)
-    code, report = compile_source(source(given.file, given.head_dim), "sm_90a", macros)
+    code, report = compile_source(source(given.head_dim, SHARES, given.file), "sm_90a", macros)
     print(*(line.strip() for line in report.splitlines() if "registers" in line or "spill" in line), sep="\n")
     body = loop_of(*disassemble(code))
     names = Counter(instruction.name for instruction in body)

@@ -13,8 +13,7 @@ from kvturbo.ops.decode import cuda, cuda_schedule, variants
 
 @pytest.fixture(scope="module")
 def schedule_kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    text = (variants.FOLDER / "schedule.cu").read_text()
-    return EmulatedKernel(text, {}, "schedule", tmp_path_factory.mktemp("schedule"))
+    return EmulatedKernel(variants.schedule_source(), {}, "schedule", tmp_path_factory.mktemp("schedule"))
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.label, scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
@@ -39,19 +38,19 @@ class Source(Protocol):
 class Plain(NamedTuple):
     """A kernel that there is once."""
 
-    path: Path
+    text: str
     values: dict[str, int | str]
 
     def source(self) -> str:
-        return self.path.read_text()
+        return self.text
 
     def macros(self) -> dict[str, int | str]:
         return self.values
 
 
 PLAIN = {
-    "schedule": Plain(variants.FOLDER / "schedule.cu", {}),
-    "rings": Plain(rings.SOURCE, rings.MACROS),
+    "schedule": Plain(variants.schedule_source(), {}),
+    "rings": Plain(rings.SOURCE.read_text(), rings.MACROS),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulated_decode import CASES, CTAS, HEADS, LENGTHS, OPTIONS, SCALE, Runner
+from emulated_decode import CASES, CTAS, HEADS, LENGTHS, OPTIONS, SCALE, Runner, starts
 from emulator import EmulatedKernel
 from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
@@ -39,9 +39,10 @@ def test_a_ragged_batch_in_pieces(run: Runner) -> None:
 
 def pieces(plan: Tensor) -> int:
     """How many chunks begin inside a task."""
-    big, total, lead = int(plan[0]), int(plan[2]), int(plan[5])
-    records = plan[8 : int(plan[4])].view(-1, 8)[:CTAS].tolist()
-    return sum((c * big - r[1]) % (r[2] + lead) > lead for c, r in enumerate(records) if c * big < total)
+    total, lead = int(plan[2]), int(plan[5])
+    records = plan[8 : 8 + 8 * CTAS].view(-1, 8).tolist()
+    chunks = zip(starts(plan, CTAS), records, strict=True)
+    return sum((at - r[1]) % (r[2] + lead) > lead for at, r in chunks if at < total)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

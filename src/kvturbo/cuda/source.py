@@ -48,9 +48,9 @@ def page_macros(fmt: KVFormat, page_size: int) -> dict[str, int | str]:
     }
 
 
-def source(path: Path, head_dim: int) -> str:
-    """A kernel's text behind the tables and common.cuh."""
-    return _paley_tables(head_dim) + _codebooks() + _COMMON.read_text() + path.read_text()
+def source(head_dim: int, *paths: Path) -> str:
+    """A kernel's text, from one file or more, behind the tables and common.cuh."""
+    return "".join([_paley_tables(head_dim), _codebooks(), *(path.read_text() for path in (_COMMON, *paths))])
 
 
 def _paley_tables(head_dim: int) -> str:

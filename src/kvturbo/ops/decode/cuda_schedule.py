@@ -27,12 +27,23 @@ class _ScheduleParams(Parameters):
         *((name, ctypes.c_void_p) for name in ("seq_lens", "q_lens", "seq_starts", "recent_counts", "plan")),
         *(
             (name, ctypes.c_int)
-            for name in ("batch", "window", "kv_heads", "group", "rows", "step", "ctas", "min_chunk")
+            for name in (
+                "batch",
+                "window",
+                "kv_heads",
+                "group",
+                "rows",
+                "heavy",
+                "step",
+                "ctas",
+                "ctas_per_sm",
+                "min_chunk",
+            )
         ),
     )
 
 
-_SCHEDULE_FIELDS = struct.Struct("5P8i")
+_SCHEDULE_FIELDS = struct.Struct("5P10i")
 
 Memory = tuple[Tensor, Tensor]
 """Workspace (two partial results per chunk, with rings four) and counters (zero between launches)."""
@@ -42,7 +53,8 @@ def memory_for(variant: Variant, device: torch.device) -> Memory:
     """Memory for the launches of a variant, one after another."""
     chunks = _CHUNKS_PER_CTA * kernels(variant, device)[2]
     workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
-    return workspace, torch.zeros(1 + chunks * variant.warps, dtype=torch.int32, device=device)
+    counters = 1 + chunks * variant.warps + variant.ctas_per_sm + 1  # tickets, arrivals, claims and ends of CTAs
+    return workspace, torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
@@ -83,7 +95,9 @@ class Schedule:
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self.workspace, self.counters = memory or memory_for(variant, device)
         self.addresses = self.plan.data_ptr(), self.workspace.data_ptr(), self.counters.data_ptr()
-        self._sizes = kv_heads, variant.group, variant.rows, variant.step, self.ctas, variant.warps
+        self._sizes = (
+            kv_heads, variant.group, variant.rows, int(variant.heavy), variant.step, self.ctas, variant.ctas_per_sm, variant.warps,
+        )  # fmt: skip
         self.threads = variant.warps * 32
         self._spare: list[_ScheduleParams] = []
 

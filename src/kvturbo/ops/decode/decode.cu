@@ -16,14 +16,17 @@
 // integer pipe, which takes 2 cycles for each), 32 MMA, 35 shared loads, about 11 for each of 8 scores and 3 for each of 16 accumulators.
 // Two tiles of rows: 1,120, of which 520 on the integer pipe.
 //
-// kvturbo.cuda.source puts common.cuh and its tables before this text.
+// kvturbo.cuda.source puts its tables, common.cuh and shares.cuh before this text.
 
 constexpr int ROWS = 4 * NT;
 constexpr int PER_PAIR = 2 * KSTEPS + KTAIL;  // units of the two slots s, s + 2
 constexpr int GROUPS = STEP / 32;           // groups of 32 slots per step
 constexpr int PAGES = STEP / PAGE;          // pages per step
 // 16-slot pages want a stride of 64 modulo 128 bytes: then the V loads of a quarter warp, which spans two pages, meet no bank twice
-constexpr int STRIDE = PAGE == 16 ? (PAGE_BYTES + 63) / 128 * 128 + 64 : PAGE_BYTES;
+constexpr int STRIDE = PAGE == 16 ? (PAGE_BYTES + 63) / 128 * 128 + 64 : (PAGE_BYTES + 127) / 128 * 128;
+// Pages of half a line more lie in their stages as they do in memory, modulo the line: else each line is read in two halves (3 % of the time)
+constexpr int SHIFT = PAGE > 16 ? PAGE_BYTES % 128 : 0;
+static_assert(SHIFT == 0 || SHIFT == 64, "a page's end is moved by no more than its stride has room for");
 constexpr int STAGE = (PAGES * STRIDE + 127) / 128 * 128;
 constexpr int RING = NB * STAGE, LINE = D + 8, RESULTS = NW * ROWS * LINE * 4;
 constexpr int QUERIES_AT = ((RING > RESULTS ? RING : RESULTS) + 15) / 16 * 16;
@@ -55,7 +58,7 @@ struct Params {
   const int* recent_counts;   // [B]: newest tokens of a sequence that are read there and not from pages
   const int* plan;            // see schedule.cu
   float* workspace;           // [2 * chunks, PART]
-  u32* counters;              // tickets, then arrivals by chunk and warp: zero between launches
+  u32* counters;              // tickets, arrivals by chunk and warp, then `Claims`: zero between launches
   void* out;                  // [T, kv_heads * GROUP, D]
   float* lse;                 // [T, kv_heads * GROUP]
   u32 block_stride;           // bytes from block to block
@@ -211,6 +214,12 @@ struct Ring {
     __syncthreads();
 #endif
   }
+  DEV void align(u8* smem, const u8* pages) {  // for pages that lie as these do
+    if (SHIFT == 0) return;
+    const u32 shift = __shfl_sync(~0u, (u32)(u64)pages & SHIFT, 0);  // known to the compiler as equal in all lanes
+    base = smem + shift;
+    base0 = (u32)__cvta_generic_to_shared(smem) + shift;
+  }
   DEV void seek(int i) { stage = i % NB; use = i / NB; }
   DEV void advance() { stage += NW; if (stage >= NB) { stage -= NB; use++; } }
   DEV const u8* data() const { return base + stage * STAGE; }
@@ -255,17 +264,39 @@ struct Task {
   DEV int position(int query) const { return length + recent - q_len + query; }
 };
 
-struct Plan {  // see schedule.cu
-  int big, small, total, rows, ctas, lead;
-  DEV Plan(const Params& p) : ctas(gridDim.x), lead(p.plan[5]) {
-    const int4 x = *(const int4*)p.plan;
+struct Plan : Shares {  // see schedule.cu
+  int total, rows, lead;
+  DEV Plan(const Params& p) {
+    const int4 x = *(const int4*)p.plan, y = *(const int4*)(p.plan + 4);
     big = x.x; small = x.y; total = x.z; rows = x.w;
+    drawn = y.x; lead = y.y; taper = y.z; per_rank = y.w;
+    ctas = gridDim.x;
   }
-  DEV int large() const { return big * ctas; }
-  DEV int drawn() const { return total > large() ? (total - large() + small - 1) / small : 0; }  // small chunks, handed out by ticket
-  DEV int start(int chunk) const { return chunk < ctas ? chunk * big : large() + (chunk - ctas) * small; }
   DEV int stop(int chunk) const { return min(start(chunk + 1), total); }
-  DEV int chunk_of(int step) const { return step < large() ? step / big : ctas + (step - large()) / small; }
+};
+
+DEV u32 warp_slot() {  // among the warps that a multiprocessor has room for; those that come first have the lowest
+  u32 slot;
+  asm("mov.u32 %0,%%warpid;" : "=r"(slot));
+  return slot;
+}
+
+// Which CTA has which chunk, where ranks have shares of different size. CTAs come to multiprocessors in no order to rely on, so each takes a chunk
+// of its rank as it begins, or of the next one that has any left. The result does not depend on it.
+struct Claims {
+  u32* taken;  // by rank, and then the CTAs that have ended; zero between launches
+  DEV Claims(const Params& p, const Plan& plan) : taken(p.counters + 1 + plan.chunks() * NW) {}
+  DEV int chunk(const Plan& plan) const {
+    const int ranks = (plan.ctas + plan.per_rank - 1) / plan.per_rank;
+    for (int rank = warp_slot() / NW % ranks;; rank = (rank + 1) % ranks) {
+      const int first = rank * plan.per_rank, place = atomicAdd(taken + rank, 1u);
+      if (place < min(plan.per_rank, plan.ctas - first)) return first + place;
+    }
+  }
+  DEV void end() const {
+    if (threadIdx.x != 0 || atomicInc(taken + MIN_CTAS, gridDim.x - 1) < gridDim.x - 1) return;
+    UNROLL for (int rank = 0; rank < MIN_CTAS; rank++) taken[rank] = 0;
+  }
 };
 
 struct Place {  // of a CTA in its chunks
@@ -275,9 +306,10 @@ struct Place {  // of a CTA in its chunks
   DEV void read_record(const Params& p) { r0 = *(const int4*)(p.plan + 8 + chunk * 8); r1 = *(const int4*)(p.plan + 12 + chunk * 8); }
   DEV int q_len() const { return RECENT ? r1.z & 255 : r1.z; }
   DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * q_len() + ROWS - 1) / ROWS); }
-  DEV void next_task(const Params& p, int lead) {
+  DEV void next_task(const Params& p, const Plan& plan) {
+    const int lead = plan.lead;
     if (++r0.w, at < r0.y + (r0.z + lead) * tasks(p)) return;
-    const int* cum = p.plan + p.plan[4];
+    const int* cum = p.plan + 8 + 8 * plan.chunks();
     const int* q_rows = cum + p.batch + 1;
     int b = r0.x + 1;
     while (at >= cum[b + 1]) b++;  // sequences without tasks
@@ -855,6 +887,12 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   place.chunk = blockIdx.x;
   place.read_record(p);
   const Plan plan(p);
+  if (plan.taper) {
+    if (threadIdx.x == 0) sh.ticket = Claims(p, plan).chunk(plan);
+    __syncthreads();
+    place.chunk = sh.ticket;
+    place.read_record(p);
+  }
   place.at = plan.start(place.chunk);
   place.stop = plan.stop(place.chunk);
   place.before = 0;
@@ -864,7 +902,10 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     store_element<OUT_TYPE>(p.out, i, 0.f);
     if (i % D == 0) p.lse[i / D] = p.sinks ? p.sinks[i / D % heads] : -INF;
   }
-  if (place.at >= place.stop) return;
+  if (place.at >= place.stop) {
+    if (plan.taper) Claims(p, plan).end();
+    return;
+  }
   if (threadIdx.x < 32) sh.lanes[lane] = {t * 8 + (g >> 1) + (g & 1) * 4, g & 1 ? 0x6420u : 0x7531u, g & 1 ? 0x1504u : 0x5140u, (g & 1) * 4 + t};
   if (threadIdx.x == 0) {
     UNROLL for (int i = 0; i < 2; i++) { level_table<K_BITS>(sh.tables[i][0]); level_table<V_BITS>(sh.tables[i][1]); }
@@ -881,6 +922,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   Piece now(p, place, plan.lead);
   u32 ids[OWN][PAGES];
   ring.seek(warp);
+  ring.align(smem, now.head_pages);
   now.first_page_ids(warp, ids);
   Rows fetched;
   fetched.fetch(p, now.k, warp, lane);
@@ -889,7 +931,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
   if (now.ends_in_newest()) Newest::copy(p, now.k, fetched.ring, raw);
 #endif
   now.issue_first(ring, p, warp, ids);
-  bool draws = plan.drawn() && now.begin + now.s1 + plan.lead >= place.stop;  // a ticket at the end of its chunk
+  bool draws = plan.drawn && now.begin + now.s1 + plan.lead >= place.stop;  // a ticket at the end of its chunk
 
   for (bool more = true; more;) {
     int step = now.s0 + warp;
@@ -928,7 +970,7 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
         if (draws && warp == 0 && step + NW >= now.s1 && lane == 0) {
           // In warp 0's last step: early enough for the answer to be there in time, late enough to leave work to others.
           const Plan again(p);
-          sh.ticket = atomicInc(p.counters, again.drawn() + again.ctas - 1);  // 0 after the last
+          sh.ticket = atomicInc(p.counters, again.drawn + again.ctas - 1);  // 0 after the last
         }
         add_values(data, g, t, v_table, start, b, unit, x);
         if (step + NW >= now.s1) break;
@@ -963,8 +1005,8 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
     place.before += done.s1 - done.s0;
     place.at = done.begin + done.s1;
     if (place.at + again.lead < place.stop) {
-      place.next_task(p, again.lead);
-    } else if (more = draws && sh.ticket < again.drawn(), more) {
+      place.next_task(p, again);
+    } else if (more = draws && sh.ticket < again.drawn, more) {
       place.chunk = again.ctas + sh.ticket;
       place.at = again.start(place.chunk);
       place.stop = again.stop(place.chunk);
@@ -985,12 +1027,14 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
 #endif
       __syncthreads();
       ring.seek(place.before + warp);
+      ring.align(smem, now.head_pages);
 #if RECENT
       if (now.ends_in_newest()) Newest::copy(p, now.k, fetched.ring, raw);
 #endif
       now.issue_first(ring, p, warp, ids);
-      draws = again.drawn() && now.begin + now.s1 + again.lead >= place.stop;
+      draws = again.drawn && now.begin + now.s1 + again.lead >= place.stop;
     }
     if (splits > 1) merge_pieces(p, done.k, sh, first, splits, warp, lane);
+    if (!more && again.taper) Claims(p, again).end();
   }
 }

@@ -9,13 +9,13 @@ import torch
 
 from kvturbo.config import KVFormat
 from kvturbo.cuda.jit import Kernel, arch_of, compiled
-from kvturbo.ops.decode.variants import FEW_TASKS, FOLDER, Variant, limits_of, variant_for
+from kvturbo.ops.decode.variants import FEW_TASKS, Variant, limits_of, schedule_source, variant_for
 
 
 @lru_cache(maxsize=8)
 def _plan_kernel(device: torch.device) -> Kernel:
     """schedule.cu, the same for every variant."""
-    return Kernel(compiled((FOLDER / "schedule.cu").read_text(), arch_of(device), {}), "schedule", device)
+    return Kernel(compiled(schedule_source(), arch_of(device), {}), "schedule", device)
 
 
 def _code(variant: Variant, device: torch.device) -> bytes:

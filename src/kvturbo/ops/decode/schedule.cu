@@ -4,15 +4,18 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Chunk c < ctas is CTA c's own: `big` steps. Where the work is long and tasks differ, or several tiles of rows make a step heavy, it is an even
-// share in which the beginning of a task, its queries and its merge, counts as `lead` steps: before every task's steps lie `lead` places of
-// the row in which there is nothing to do. Where tasks are alike and steps light it is 92 % of a share in whole tasks, or in equal parts of
-// one, if that costs little; the rest is cut into up to SMALL_PER_CTA * ctas small chunks that the CTAs draw as they finish, because they
-// do not finish together. Borders depend on lengths only, never on timing.
+// Where the work is long and tasks differ, or steps are heavy (their instructions take longer than their bytes), CTAs share all of it; the
+// beginning of a task, its queries and its merge, counts as `lead` steps: before every task's steps lie `lead` places of the row in which
+// there is nothing to do. Where tasks are alike and steps light the CTAs have 92 % of it, in whole tasks, or in equal parts of one, if that
+// costs little; the rest is cut into up to SMALL_PER_CTA * ctas small chunks that they draw as they finish, because they do not finish
+// together. Borders depend on lengths only, never on timing.
 //
-// plan: [0] big, [1] small, [2] places in all, [3] rows of q in use, [4] where `cum` lies, [5] lead, [8 ..] a record of 8 ints per chunk (first
-// sequence, places before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and 256 times its
-// tokens beyond that length, start), then cum: places before each sequence (batch + 1) and rows of q before each sequence (batch + 1).
+// plan: [0] big, [1] small, [2] places in all, [3] rows of q in use, [4] drawn, [5] lead, [6] taper, [7] per_rank, [8 ..] a record of 8 ints
+// per chunk (first sequence, places before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and
+// 256 times its tokens beyond that length, start), then cum: places before each sequence (batch + 1) and rows of q before each sequence
+// (batch + 1).
+//
+// kvturbo.ops.decode.variants puts shares.cuh before this text.
 typedef long long i64;
 
 __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
@@ -32,14 +35,14 @@ __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
   return x;
 }
 
-constexpr int SMALL_PER_CTA = 2;
-constexpr int LEAD = 12, HEAVY_LEAD = 16;  // steps' worth of time; with several tiles of rows
-constexpr int TICKET = 8;                  // steps of a small chunk, times min_chunk
+constexpr int LEAD = 12, HEAVY_LEAD = 16;      // steps' worth of time; where steps are heavy
+constexpr int TAPER = 120, HEAVY_TAPER = 200;  // thousandths of a share
+constexpr int TICKET = 8;                      // steps of a small chunk, times min_chunk
 
 struct Params {
   const int *seq_lens, *q_lens, *seq_starts, *recent_counts;  // [batch]; all but the first may be null
   int* plan;
-  int batch, window, kv_heads, group, rows, step, ctas, min_chunk;
+  int batch, window, kv_heads, group, rows, heavy, step, ctas, ctas_per_sm, min_chunk;
 };
 
 __device__ int recent_of(const Params& p, int b) { return p.recent_counts ? p.recent_counts[b] : 0; }
@@ -52,12 +55,17 @@ __device__ int steps_of(const Params& p, int b, int q_len) {
   return max(1, (length + p.step - 1) / p.step - seen / p.step);
 }
 
+// How much less all CTAs together have than if all had rank 0.
+__device__ int untapered(const Shares& x) { return x.ctas * x.big - x.start(x.ctas); }
+
 __device__ int tasks_of(const Params& p, int q_len) { return p.kv_heads * ((p.group * q_len + p.rows - 1) / p.rows); }
 
 extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
   __shared__ int warps[32], s_longest, s_tasks, s_total;
-  const int batch = p.batch, ctas = p.ctas, chunks = (1 + SMALL_PER_CTA) * ctas;
-  int* cum = p.plan + 8 + 8 * chunks;
+  const int batch = p.batch, ctas = p.ctas;
+  Shares x;
+  x.ctas = ctas;
+  int* cum = p.plan + 8 + 8 * x.chunks();
   int* q_rows = cum + batch + 1;
   if (threadIdx.x == 0) { cum[0] = q_rows[0] = s_total = s_tasks = 0; s_longest = 1; }
   __syncthreads();
@@ -73,18 +81,23 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
   const int longest = s_longest, tasks = s_tasks, mean = (s_total + ctas - 1) / ctas;
   const bool even = (i64)tasks * longest == s_total;  // all tasks are equally long
   const bool lengthy = mean >= 32 * p.min_chunk && longest <= 8 * mean;
-  const int lead = !lengthy ? 0 : p.rows > 4 ? HEAVY_LEAD : even ? 0 : LEAD, total = s_total + tasks * lead;
-  int big = max(mean, min(p.min_chunk, longest)), small = 1;
+  const int lead = !lengthy ? 0 : p.heavy ? HEAVY_LEAD : even ? 0 : LEAD, total = s_total + tasks * lead;
+  x.big = max(mean, min(p.min_chunk, longest));
+  x.taper = 0;
+  x.small = 1;
+  x.per_rank = (ctas + p.ctas_per_sm - 1) / p.ctas_per_sm;
   if (lead) {
-    big = (total + ctas - 1) / ctas;
+    if (x.per_rank < ctas) x.taper = (i64)total * (p.heavy ? HEAVY_TAPER : TAPER) / (1000 * ctas);
+    x.big = (total + untapered(x) + ctas - 1) / ctas;
   } else if (lengthy) {
-    big = mean * 92 / 100;
-    if (big / longest * longest >= mean * 65 / 100) big = big / longest * longest;
-    small = max(TICKET * p.min_chunk, (total - big * ctas + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
+    x.big = mean * 92 / 100;
+    if (x.big / longest * longest >= mean * 65 / 100) x.big = x.big / longest * longest;
+    x.small = max(TICKET * p.min_chunk, (total - x.start(ctas) + SMALL_PER_CTA * ctas - 1) / (SMALL_PER_CTA * ctas));
   } else if (even) {
-    for (int n = longest / big; n >= 1 && longest / n * 2 <= big * 3; n--)
-      if (longest % n == 0) { big = longest / n; break; }
+    for (int n = longest / x.big; n >= 1 && longest / n * 2 <= x.big * 3; n--)
+      if (longest % n == 0) { x.big = longest / n; break; }
   }
+  x.drawn = max(0, (total - x.start(ctas) + x.small - 1) / x.small);
   int before = 0, used = 0;
   for (int b0 = 0; b0 < batch; b0 += 1024) {
     const int b = b0 + threadIdx.x, q_len = b < batch ? p.q_lens ? p.q_lens[b] : 1 : 0, n = tasks_of(p, q_len);
@@ -96,10 +109,11 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    p.plan[0] = big; p.plan[1] = small; p.plan[2] = total; p.plan[3] = used; p.plan[4] = 8 + 8 * chunks; p.plan[5] = lead;
+    p.plan[0] = x.big; p.plan[1] = x.small; p.plan[2] = total; p.plan[3] = used;
+    p.plan[4] = x.drawn; p.plan[5] = lead; p.plan[6] = x.taper; p.plan[7] = x.per_rank;
   }
-  for (int c = threadIdx.x; c < chunks; c += 1024) {
-    const int at = c < ctas ? c * big : ctas * big + (c - ctas) * small;
+  for (int c = threadIdx.x; c < x.chunks(); c += 1024) {
+    const int at = x.start(c);
     if (at >= total) continue;
     int low = 0, high = batch;  // the last sequence whose first step is not after `at`
     while (high - low > 1) { const int middle = (low + high) / 2; if (cum[middle] <= at) low = middle; else high = middle; }

@@ -15,8 +15,11 @@ from kvturbo.layout import PageLayout
 from kvturbo.rotation import factor
 
 FOLDER = Path(__file__).parent
+SHARES = FOLDER / "shares.cuh"
 FEW_TASKS = 64
 """Sequences times KV heads up to which a kernel of few large CTAs is used."""
+HEAVY_BYTES = 0.7
+"""Bytes per channel of a token, key and value together, below which one tile of rows is no longer bound by memory."""
 LARGE_CTA = 8
 """Warps of a CTA that refills a stage after the next step's scores; smaller CTAs do so before them (1 % faster, large ones
 3 % slower)."""
@@ -56,6 +59,11 @@ class Variant:
         return 4 * self.row_tiles
 
     @property
+    def heavy(self) -> bool:
+        """Whether a step's instructions take longer than its bytes: several tiles of rows, or few bits."""
+        return self.row_tiles > 1 or self.fmt.bytes_per_token < HEAVY_BYTES * self.fmt.head_dim
+
+    @property
     def partial_floats(self) -> int:
         """Floats of a piece's partial results, of its pages and of the newest tokens: the output and two numbers per row."""
         return (2 if self.recent else 1) * self.rows * (self.fmt.head_dim + 2)
@@ -66,7 +74,7 @@ class Variant:
         tokens of a sequence."""
         pages = self.step // self.page_size
         page_bytes = PageLayout.of(self.fmt, self.page_size).page_bytes
-        stride = (page_bytes + 63) // 128 * 128 + 64 if self.page_size == 16 else page_bytes
+        stride = (page_bytes + 63) // 128 * 128 + 64 if self.page_size == 16 else -(-page_bytes // 128) * 128
         stage = (pages * stride + 127) // 128 * 128
         results = self.warps * self.rows * (self.fmt.head_dim + 8) * 4
         k_steps = -(-self.fmt.head_dim // 32)
@@ -98,7 +106,12 @@ class Variant:
 
     def source(self) -> str:
         """The text that is compiled."""
-        return source(FOLDER / "decode.cu", self.fmt.head_dim)
+        return source(self.fmt.head_dim, SHARES, FOLDER / "decode.cu")
+
+
+def schedule_source() -> str:
+    """The text of the schedule kernel, the same for every variant."""
+    return SHARES.read_text() + (FOLDER / "schedule.cu").read_text()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Variant:
 
     def source(self) -> str:
         """The text that is compiled."""
-        return source(Path(__file__).parent / "store.cu", self.fmt.head_dim)
+        return source(self.fmt.head_dim, Path(__file__).parent / "store.cu")
 
 
 class _Params(Parameters):
