@@ -43,7 +43,8 @@ class _ScheduleParams(Parameters):
     )
 
 
-_SCHEDULE_FIELDS = struct.Struct("5P10i")
+_ADDRESSES = struct.Struct("5P2i")
+"""The first fields of `_ScheduleParams`, up to the window; the others are the same in all plans of a schedule."""
 
 Memory = tuple[Tensor, Tensor]
 """Workspace (two partial results per chunk, with rings four) and counters (zero between launches)."""
@@ -129,8 +130,8 @@ class Schedule:
         try:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
-            parameters = _ScheduleParams()
-        _SCHEDULE_FIELDS.pack_into(parameters, 0, *lens, self.addresses[0], self.batch, window or 0, *self._sizes)
+            parameters = _ScheduleParams(*[None] * 5, 0, 0, *self._sizes)
+        _ADDRESSES.pack_into(parameters, 0, *lens, self.addresses[0], self.batch, window or 0)
         self._plan_kernel.launch(1, 1024, parameters, stream)
         self._spare.append(parameters)
 
