@@ -14,6 +14,7 @@ from emulator import EmulatedKernel
 from kvturbo import KVFormat
 from kvturbo.ops.decode import cuda, variants
 from kvturbo.ops.decode.cuda_schedule import make_schedule
+from kvturbo.ops.decode.loading import Kernels
 from kvturbo.ops.decode.reference import decode as reference_decode
 from kvturbo.ops.recent import Recent
 from support import Batch, batch_of, ints, relative_error, same_bits
@@ -113,10 +114,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Runner:
-    """Decode of one case on the emulated kernels."""
+    """Decode of one case on the emulated kernels.
+
+    Attributes:
+        ctas: of the GPU that plans are for.
+        alone: whether each has a multiprocessor to itself; else as few as can be.
+        schedule: another schedule kernel than the usual one.
+        launches: of each plan, into the same memory.
+    """
 
     def __init__(self, case: Case, decode: EmulatedKernel, ctas: int) -> None:
         self.case, self.kernel, self.ctas = case, decode, ctas
+        self.alone = False
+        self.schedule: EmulatedKernel | None = None
+        self.launches = 1
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of the GPU that plans are for."""
+        return -(-self.ctas // (1 if self.alone else self.case.variant.ctas_per_sm))
+
+    def kernels(self, schedule: EmulatedKernel) -> Kernels:
+        """In place of `kvturbo.ops.decode.loading.kernels`; schedule: the usual schedule kernel."""
+        return Kernels(self.kernel, self.schedule or schedule, self.ctas, self.multiprocessors)  # type: ignore[arg-type]
 
     def batch(self, lengths: list[int] = LENGTHS) -> Batch:
         return batch_of(self.case.fmt, lengths, heads=HEADS, page_size=self.case.page_size)
@@ -141,11 +161,12 @@ class Runner:
         tensors = {"q_lens": lens[0], "seq_starts": lens[1]}
         counts = None if recent is None else recent.counts
         schedule.update(batch.seq_lens, **tensors, window=options.get("window"), recent_counts=counts)
-        lse = cuda.decode(
-            q, batch.pages, batch.block_table, batch.seq_lens, out,
-            scale=SCALE, schedule=schedule, **batch.format_options(), **tensors, **options,
-        )  # fmt: skip
-        assert not schedule.counters.any(), "counters must be zero for the next launch"
+        for _ in range(self.launches):
+            lse = cuda.decode(
+                q, batch.pages, batch.block_table, batch.seq_lens, out.fill_(math.nan),
+                scale=SCALE, schedule=schedule, **batch.format_options(), **tensors, **options,
+            )  # fmt: skip
+            assert not schedule.counters.any(), "counters must be zero for the next launch"
         self.plan = schedule.plan
         return out, lse
 

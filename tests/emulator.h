@@ -177,7 +177,7 @@ static int __reduce_add_sync(unsigned, int x) {
 }
 static unsigned atomicXor(unsigned* at, unsigned x) { const unsigned old = *at; *at ^= x; return old; }
 template <class T> static T atomicAdd(T* at, T x) { const T old = *at; *at += x; return old; }
-static unsigned warp_slot() { return blockIdx.x * 5; }  // any will do, those of more warps than there are as well
+static unsigned warp_slot() { return backwards ? 0 : blockIdx.x * 5; }  // any will do, the same for all as well
 static unsigned atomicInc(unsigned* at, unsigned limit) { const unsigned old = *at; *at = old >= limit ? 0 : old + 1; return old; }
 static int atomicMax(int* at, int x) { const int old = *at; *at = max(old, x); return old; }
 static void __threadfence() {}

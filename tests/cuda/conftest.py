@@ -24,7 +24,7 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def run(kernel: SimpleNamespace, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch) -> Runner:
     runner = Runner(kernel.case, kernel.decode, CTAS)
-    monkeypatch.setattr(cuda_schedule, "kernels", lambda *_: (runner.kernel, schedule_kernel, runner.ctas))
+    monkeypatch.setattr(cuda_schedule, "kernels", lambda *_: runner.kernels(schedule_kernel))
     monkeypatch.setattr(cuda_schedule, "limits_of", lambda _: LIMITS if kernel.case.few else variants.Limits())
     for module in (cuda, cuda_schedule):
         monkeypatch.setattr(module, "current_stream", lambda _: 0)

@@ -28,6 +28,7 @@ def test_the_list_has_every_shape() -> None:
     assert {case.fmt.outliers for case in CASES} == {0, 16, 32}
     assert {case.variant.row_tiles for case in CASES} == {1, 2, 3, 4}
     assert {(case.variant.warps, case.variant.stages) for case in CASES} == {(4, 8), (8, 24)}
+    assert {case.fmt.page_bytes(case.page_size) % 128 for case in CASES if case.page_size > 16} == {0, 64}
 
 
 def test_a_ragged_batch_in_pieces(run: Runner) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import random
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from emulated_decode import CASES, HEADS, LENGTHS, RECENT_CASES, Runner, reference, rings
+from emulated_decode import CASES, HEADS, LENGTHS, RECENT_CASES, Runner, reference, rings, starts
+from emulator import EmulatedKernel
 from kvturbo.config import Side
+from kvturbo.ops.decode import variants
 from support import relative_error
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -89,3 +92,26 @@ def test_long_batches_in_weighted_shares(run: Runner, seed: int) -> None:
         options["recent"] = rings(batch, counts, run.case.ring, q.dtype)
     run.check(q, batch, **options)
     assert run.plan[5] > 0, "no task has a lead"
+    assert run.plan[6] > 0, "shares do not fall"
+
+
+@pytest.mark.parametrize("ctas, alone", [(7, False), (5, False), (3, True)])
+@pytest.mark.parametrize("kernel", [CASES[3], CASES[5]], ids=lambda case: case.label, indirect=True)
+def test_shares_that_fall_from_rank_to_rank(run: Runner, ctas: int, alone: bool) -> None:
+    """The last rank is not full, and pages of a CTA's tasks lie differently in lines (CASES[5])."""
+    run.ctas, run.alone, run.launches = ctas, alone, 2
+    batch = run.batch([9000, 15000, 9000])
+    run.check(run.queries(batch), batch)
+    assert run.plan[5] > 0 and run.plan[7] == run.multiprocessors
+    assert bool(run.plan[6] > 0) != alone, "a CTA that is alone on its multiprocessor is preferred to nobody"
+
+
+@pytest.mark.parametrize("kernel", [CASES[3]], ids=lambda case: case.label, indirect=True)
+def test_ctas_without_work_claim_their_chunks_too(run: Runner, tmp_path: Path) -> None:
+    text, share = variants.schedule_source(), "x.big = (total + x.tapered()"
+    assert share in text
+    run.schedule = EmulatedKernel(text.replace(share, "x.big = (2 * total + x.tapered()"), {}, "schedule", tmp_path)
+    run.ctas, run.launches = 6, 2
+    batch = run.batch([9000, 15000, 9000])
+    run.check(run.queries(batch), batch)
+    assert run.plan[6] > 0 and starts(run.plan, 6)[4] > run.plan[2], "every CTA has work"

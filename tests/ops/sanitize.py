@@ -32,6 +32,7 @@ from kernel_checks import check_gather, check_recent_copies, check_store, mixed_
 from kvturbo import KVFormat
 from kvturbo.ops import backends, decode, gather, schedule, store
 from kvturbo.ops.decode import cuda_schedule
+from kvturbo.ops.decode.loading import Kernels
 from kvturbo.ops.decode.variants import FEW_TASKS
 from kvturbo.ops.recent import Recent
 from kvturbo.ops.store import cuda as cuda_store
@@ -211,9 +212,9 @@ class Checks:
                 assert plan.variant.row_tiles == case.variant.row_tiles, "another kernel than the case is for"
                 plan.workspace.fill_(math.nan)
                 plan.update(seq_lens, **lens, recent_counts=None if recent is None else recent.counts)
-                drawn, lead = plan.plan[4:6].tolist()
+                drawn, lead, taper = plan.plan[4:7].tolist()
                 assert kind != "tickets" or drawn, "no chunk is drawn by ticket"
-                assert kind != "lead" or lead, "tasks have no lead"
+                assert kind != "lead" or (lead and taper), "tasks have no lead, or shares do not fall"
                 on_device["schedule"] = plan
         return decode(
             q, pages, batch.block_table.to(device), seq_lens, scale=SCALE, out=out, backend=self.backend,
@@ -226,9 +227,10 @@ def few_ctas(count: int) -> Iterator[None]:
     """Schedules of the cuda backend that are made meanwhile are for at most `count` CTAs: an instrumented launch is slow."""
     kernels = cuda_schedule.kernels
 
-    def fewer(*args: Any) -> tuple[Any, ...]:
-        *loaded, ctas = kernels(*args)
-        return *loaded, min(ctas, count)
+    def fewer(*args: Any) -> Kernels:
+        loaded, per_multiprocessor = kernels(*args), args[0].ctas_per_sm
+        ctas = min(loaded.ctas, count)
+        return loaded._replace(ctas=ctas, multiprocessors=-(-ctas // per_multiprocessor))
 
     cuda_schedule.kernels = fewer
     try:

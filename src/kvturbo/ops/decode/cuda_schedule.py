@@ -17,7 +17,7 @@ from kvturbo.layout import PageLayout
 from kvturbo.ops.decode.loading import kernels
 from kvturbo.ops.decode.variants import Variant, limits_of, variant_for
 
-_CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of schedule.cu
+_CHUNKS_PER_CTA = 3  # 1 + SMALL_PER_CTA of shares.cuh
 
 
 class _ScheduleParams(Parameters):
@@ -36,15 +36,15 @@ class _ScheduleParams(Parameters):
                 "heavy",
                 "step",
                 "ctas",
-                "ctas_per_sm",
+                "per_rank",
                 "min_chunk",
             )
         ),
     )
 
 
-_ADDRESSES = struct.Struct("5P2i")
-"""The first fields of `_ScheduleParams`, up to the window; the others are the same in all plans of a schedule."""
+_FIRST_FIELDS = struct.Struct("5P2i")
+"""Those of `_ScheduleParams` up to the window; the others are the same in all plans of a schedule."""
 
 Memory = tuple[Tensor, Tensor]
 """Workspace (two partial results per chunk, with rings four) and counters (zero between launches)."""
@@ -52,10 +52,10 @@ Memory = tuple[Tensor, Tensor]
 
 def memory_for(variant: Variant, device: torch.device) -> Memory:
     """Memory for the launches of a variant, one after another."""
-    chunks = _CHUNKS_PER_CTA * kernels(variant, device)[2]
+    chunks = _CHUNKS_PER_CTA * kernels(variant, device).ctas
     workspace = torch.empty(2 * chunks * variant.partial_floats, dtype=torch.float32, device=device)
-    counters = 1 + chunks * variant.warps + variant.ctas_per_sm + 1  # tickets, arrivals, claims and ends of CTAs
-    return workspace, torch.zeros(counters, dtype=torch.int32, device=device)
+    tickets, arrivals, claims, ends = 1, chunks * variant.warps, variant.ctas_per_sm, 1
+    return workspace, torch.zeros(tickets + arrivals + claims + ends, dtype=torch.int32, device=device)
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
@@ -67,6 +67,8 @@ def check_contiguous(**tensors: Tensor | None) -> None:
 
 class Schedule:
     """The plan of splits of a decode step, and the workspace it needs; one for all layers of a step, per stream.
+
+    Launches with one schedule, or with several in the same memory, have to run one after another: they write to the same workspace.
 
     The workspace does not grow with the pool or the context: 2 partial results per chunk, 3 chunks per CTA; for head_dim 128
     on a GPU with 132 multiprocessors at most 2 * 3 * 264 * 16 * 130 * 4 bytes = 13.2 MB (9.9 MB for up to 8 query rows), and
@@ -91,13 +93,13 @@ class Schedule:
         self.variant, self.batch, self.kv_heads, self.device = variant, batch, kv_heads, device
         self.window: int | None = None
         self.planned, self.counts_at = False, 0
-        self.kernel, self._plan_kernel, self.ctas = kernels(variant, device)
+        self.kernel, self._plan_kernel, self.ctas, multiprocessors = kernels(variant, device)
         ints = 8 + 8 * _CHUNKS_PER_CTA * self.ctas + 2 * (batch + 1)
         self.plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self.workspace, self.counters = memory or memory_for(variant, device)
         self.addresses = self.plan.data_ptr(), self.workspace.data_ptr(), self.counters.data_ptr()
         self._sizes = (
-            kv_heads, variant.group, variant.rows, int(variant.heavy), variant.step, self.ctas, variant.ctas_per_sm, variant.warps,
+            kv_heads, variant.group, variant.rows, int(variant.heavy), variant.step, self.ctas, multiprocessors, variant.warps,
         )  # fmt: skip
         self.threads = variant.warps * 32
         self._spare: list[_ScheduleParams] = []
@@ -131,7 +133,7 @@ class Schedule:
             parameters = self._spare.pop()  # one that no other thread is filling
         except IndexError:
             parameters = _ScheduleParams(*[None] * 5, 0, 0, *self._sizes)
-        _ADDRESSES.pack_into(parameters, 0, *lens, self.addresses[0], self.batch, window or 0)
+        _FIRST_FIELDS.pack_into(parameters, 0, *lens, self.addresses[0], self.batch, window or 0)
         self._plan_kernel.launch(1, 1024, parameters, stream)
         self._spare.append(parameters)
 

@@ -1,7 +1,7 @@
 // Decode attention on packed pages with int8 tensor cores (mma.sync m16n8k32 s8), one launch.
 //
 // Tile. All steps of all tasks lie in one row; a step is STEP slots of a (sequence, KV head, block of ROWS query rows) task. A CTA of
-// NW warps takes one big chunk of steps and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, which
+// NW warps takes one big chunk of steps (of its rank's: `Claims`) and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, which
 // lie in a ring of NB stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
 // chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so the result does
 // not depend on timing. ROWS = 4 * NT: queries and weights are 16-bit fixed point, 256 * hi + lo.
@@ -24,7 +24,8 @@ constexpr int GROUPS = STEP / 32;           // groups of 32 slots per step
 constexpr int PAGES = STEP / PAGE;          // pages per step
 // 16-slot pages want a stride of 64 modulo 128 bytes: then the V loads of a quarter warp, which spans two pages, meet no bank twice
 constexpr int STRIDE = PAGE == 16 ? (PAGE_BYTES + 63) / 128 * 128 + 64 : (PAGE_BYTES + 127) / 128 * 128;
-// Pages of half a line more lie in their stages as they do in memory, modulo the line: else each line is read in two halves (3 % of the time)
+// Pages that end in the middle of a 128-byte line lie in their stages as they do in memory, modulo the line: else each line is asked for twice
+// (3 % of the time). Known by head, so it holds where blocks are whole lines. Pages of 16 slots need their stride for the banks.
 constexpr int SHIFT = PAGE > 16 ? PAGE_BYTES % 128 : 0;
 static_assert(SHIFT == 0 || SHIFT == 64, "a page's end is moved by no more than its stride has room for");
 constexpr int STAGE = (PAGES * STRIDE + 127) / 128 * 128;
@@ -288,11 +289,13 @@ struct Claims {
   DEV Claims(const Params& p, const Plan& plan) : taken(p.counters + 1 + plan.chunks() * NW) {}
   DEV int chunk(const Plan& plan) const {
     const int ranks = (plan.ctas + plan.per_rank - 1) / plan.per_rank;
-    for (int rank = warp_slot() / NW % ranks;; rank = (rank + 1) % ranks) {
+    for (int i = 0, rank = warp_slot() / NW % ranks; i < ranks; i++, rank = (rank + 1) % ranks) {
       const int first = rank * plan.per_rank, place = atomicAdd(taken + rank, 1u);
       if (place < min(plan.per_rank, plan.ctas - first)) return first + place;
     }
+    return 0;  // never, unless two launches at once share a schedule's memory
   }
+  // Claims were answered before their CTAs came here, and the next launch begins after this one's end.
   DEV void end() const {
     if (threadIdx.x != 0 || atomicInc(taken + MIN_CTAS, gridDim.x - 1) < gridDim.x - 1) return;
     UNROLL for (int rank = 0; rank < MIN_CTAS; rank++) taken[rank] = 0;
@@ -307,8 +310,7 @@ struct Place {  // of a CTA in its chunks
   DEV int q_len() const { return RECENT ? r1.z & 255 : r1.z; }
   DEV int tasks(const Params& p) const { return p.kv_heads * ((GROUP * q_len() + ROWS - 1) / ROWS); }
   DEV void next_task(const Params& p, const Plan& plan) {
-    const int lead = plan.lead;
-    if (++r0.w, at < r0.y + (r0.z + lead) * tasks(p)) return;
+    if (++r0.w, at < r0.y + (r0.z + plan.lead) * tasks(p)) return;
     const int* cum = p.plan + 8 + 8 * plan.chunks();
     const int* q_rows = cum + p.batch + 1;
     int b = r0.x + 1;
@@ -320,7 +322,7 @@ struct Place {  // of a CTA in its chunks
     r1.w = p.seq_starts ? p.seq_starts[b] : 0;
     r0.x = b;
     r0.y = cum[b];
-    r0.z = (cum[b + 1] - cum[b]) / tasks(p) - lead;
+    r0.z = (cum[b + 1] - cum[b]) / tasks(p) - plan.lead;
     r0.w = 0;
   }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -56,11 +57,20 @@ def warmup(
         kernels(variant, device)
 
 
-_LOADED: dict[tuple[Variant, torch.device], tuple[Kernel, Kernel, int]] = {}
+class Kernels(NamedTuple):
+    """What a variant's calls launch, the decode kernel with so many CTAs, and the GPU's multiprocessors."""
+
+    decode: Kernel
+    schedule: Kernel
+    ctas: int
+    multiprocessors: int
 
 
-def kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, int]:
-    """The decode kernel, the schedule kernel and the number of CTAs.
+_LOADED: dict[tuple[Variant, torch.device], Kernels] = {}
+
+
+def kernels(variant: Variant, device: torch.device) -> Kernels:
+    """The kernels of a variant, as many CTAs as run at once.
 
     Raises:
         RuntimeError: they are not loaded yet and a CUDA graph is being captured.
@@ -73,10 +83,7 @@ def kernels(variant: Variant, device: torch.device) -> tuple[Kernel, Kernel, int
             )
         code = _code(variant, device)
         decode = Kernel(code, "decode", device, variant.shared_bytes)
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        _LOADED[key] = (
-            decode,
-            _plan_kernel(device),
-            sms * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32)),
-        )
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        ctas = count * min(variant.ctas_per_sm, decode.ctas_per_sm(variant.warps * 32))
+        _LOADED[key] = Kernels(decode, _plan_kernel(device), ctas, count)
     return _LOADED[key]

@@ -4,11 +4,11 @@
 // that some query sees to the last). All tasks' steps lie in one row, which is cut into chunks. One CTA of 1024 threads; no host in
 // the loop, so it can be captured once and replayed with other lengths.
 //
-// Where the work is long and tasks differ, or steps are heavy (their instructions take longer than their bytes), CTAs share all of it; the
-// beginning of a task, its queries and its merge, counts as `lead` steps: before every task's steps lie `lead` places of the row in which
-// there is nothing to do. Where tasks are alike and steps light the CTAs have 92 % of it, in whole tasks, or in equal parts of one, if that
-// costs little; the rest is cut into up to SMALL_PER_CTA * ctas small chunks that they draw as they finish, because they do not finish
-// together. Borders depend on lengths only, never on timing.
+// Where the work is long and tasks differ, or steps are heavy (their instructions take about as long as their bytes, or longer), CTAs share
+// all of it, by rank (shares.cuh); the beginning of a task, its queries and its merge, counts as `lead` steps: before every task's steps
+// lie `lead` places of the row in which there is nothing to do. Where tasks are alike and steps light the CTAs have 92 % of it, in whole
+// tasks, or in equal parts of one, if that costs little; the rest is cut into up to SMALL_PER_CTA * ctas small chunks that they draw as
+// they finish, because they do not finish together. Borders depend on lengths only, never on timing.
 //
 // plan: [0] big, [1] small, [2] places in all, [3] rows of q in use, [4] drawn, [5] lead, [6] taper, [7] per_rank, [8 ..] a record of 8 ints
 // per chunk (first sequence, places before it, steps of one of its tasks, first task, its length in pages, rows of q before it, q_len and
@@ -36,13 +36,13 @@ __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
 }
 
 constexpr int LEAD = 12, HEAVY_LEAD = 16;      // steps' worth of time; where steps are heavy
-constexpr int TAPER = 120, HEAVY_TAPER = 200;  // thousandths of a share
+constexpr int TAPER = 120, HEAVY_TAPER = 200;  // thousandths of the mean share, from rank to rank
 constexpr int TICKET = 8;                      // steps of a small chunk, times min_chunk
 
 struct Params {
   const int *seq_lens, *q_lens, *seq_starts, *recent_counts;  // [batch]; all but the first may be null
   int* plan;
-  int batch, window, kv_heads, group, rows, heavy, step, ctas, ctas_per_sm, min_chunk;
+  int batch, window, kv_heads, group, rows, heavy, step, ctas, per_rank, min_chunk;
 };
 
 __device__ int recent_of(const Params& p, int b) { return p.recent_counts ? p.recent_counts[b] : 0; }
@@ -54,9 +54,6 @@ __device__ int steps_of(const Params& p, int b, int q_len) {
   seen = max(0, min(seen, length - 1));
   return max(1, (length + p.step - 1) / p.step - seen / p.step);
 }
-
-// How much less all CTAs together have than if all had rank 0.
-__device__ int untapered(const Shares& x) { return x.ctas * x.big - x.start(x.ctas); }
 
 __device__ int tasks_of(const Params& p, int q_len) { return p.kv_heads * ((p.group * q_len + p.rows - 1) / p.rows); }
 
@@ -85,10 +82,10 @@ extern "C" __global__ void __launch_bounds__(1024) schedule(const Params p) {
   x.big = max(mean, min(p.min_chunk, longest));
   x.taper = 0;
   x.small = 1;
-  x.per_rank = (ctas + p.ctas_per_sm - 1) / p.ctas_per_sm;
+  x.per_rank = p.per_rank;
   if (lead) {
     if (x.per_rank < ctas) x.taper = (i64)total * (p.heavy ? HEAVY_TAPER : TAPER) / (1000 * ctas);
-    x.big = (total + untapered(x) + ctas - 1) / ctas;
+    x.big = (total + x.tapered() + ctas - 1) / ctas;
   } else if (lengthy) {
     x.big = mean * 92 / 100;
     if (x.big / longest * longest >= mean * 65 / 100) x.big = x.big / longest * longest;

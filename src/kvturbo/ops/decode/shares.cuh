@@ -1,6 +1,8 @@
 // How the row of all steps is cut into chunks; text that schedule.cu and decode.cu share.
 
-#define DEVICE __device__ __forceinline__
+#ifndef DEV
+#define DEV __device__ __forceinline__
+#endif
 constexpr int SMALL_PER_CTA = 2;  // chunks that are drawn, at most
 
 // Chunk c < ctas is CTA c's own, later ones are drawn. CTAs that share a multiprocessor have ranks 0, 1, ...: the first per_rank CTAs have
@@ -10,12 +12,18 @@ struct Shares {
   int small;       // places of a drawn chunk
   int drawn;       // how many of them there are
   int per_rank, ctas;
-  DEVICE int chunks() const { return (1 + SMALL_PER_CTA) * ctas; }  // at most
-  DEVICE int start(int chunk) const {
-    const int own = min(chunk, ctas), rank = own / per_rank, before = rank * per_rank;
-    return own * big - (rank * (before - per_rank) / 2 + (own - before) * rank) * taper + (chunk - own) * small;
+  DEV int chunks() const { return (1 + SMALL_PER_CTA) * ctas; }  // at most
+  // How much less the first `count` CTAs have together than if all had rank 0.
+  DEV int tapered(int count) const {
+    const int rank = count / per_rank, before = rank * per_rank;
+    return (rank * (before - per_rank) / 2 + (count - before) * rank) * taper;
   }
-  DEVICE int chunk_of(int place) const {
+  DEV int tapered() const { return tapered(ctas); }
+  DEV int start(int chunk) const {
+    const int own = min(chunk, ctas);
+    return own * big - tapered(own) + (chunk - own) * small;
+  }
+  DEV int chunk_of(int place) const {
     int first = 0, size = big;  // of a rank
     while (first + per_rank < ctas && place >= per_rank * size) { place -= per_rank * size; first += per_rank; size -= taper; }
     const int own = min(per_rank, ctas - first);

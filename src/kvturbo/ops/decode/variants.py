@@ -60,7 +60,7 @@ class Variant:
 
     @property
     def heavy(self) -> bool:
-        """Whether a step's instructions take longer than its bytes: several tiles of rows, or few bits."""
+        """Whether a step's instructions take about as long as its bytes or longer: several tiles of rows, or few bits."""
         return self.row_tiles > 1 or self.fmt.bytes_per_token < HEAVY_BYTES * self.fmt.head_dim
 
     @property
@@ -163,14 +163,14 @@ def variant_for(
     """
     wide = fmt.head_dim > 128
     row_tiles = min(2 if wide else 4, -(-group * q_len // 4))
-    heavy = row_tiles > 2
+    many_rows = row_tiles > 2
     step = max(page_size, 32 if wide else 64)
-    ctas = 1 if wide and page_size == 64 else 2 if wide or heavy else 3
+    ctas = 1 if wide and page_size == 64 else 2 if wide or many_rows else 3
     types = TYPES[q_dtype], TYPES[out_dtype]
     usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas, recent)
     # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
     large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 24, 1, recent)
-    if 0 < tasks <= FEW_TASKS and not heavy and not wide and _fit(large, limits):
+    if 0 < tasks <= FEW_TASKS and not many_rows and not wide and _fit(large, limits):
         return large
     # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
     narrower = [replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1]]
