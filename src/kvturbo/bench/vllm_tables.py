@@ -68,7 +68,11 @@ def serving(report: Report) -> str:
         *(f"over {x}" for x in NAMES.values()),
     )
     cells = []
-    for model, what in dict.fromkeys((row["model"], row["what"]) for row in rows):
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    measured = dict.fromkeys((row["model"], row["what"]) for row in rows)
+    for model, what in sorted(
+        measured, key=lambda pair: models.index(pair[0])
+    ):  # what was added later stands with its model
         found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
         times = (_better(found.get(ours), found.get((name, None))) for name in NAMES)
         cells.append((model, what, *(_value(found.get(cache)) for cache in caches), *times))
