@@ -56,7 +56,7 @@ def summary(report: Report) -> str:
     """Per baseline how kvturbo's default format does over all shapes."""
     cells = []
     for name, label in OTHERS.items():
-        rows = [row for row in report["rows"] if row["format"] == BASE.format and not row.get("recent")]
+        rows = [row for row in report["rows"] if row["format"] == BASE.format and not row["recent"]]
         ratios = [ratio for row in rows if (ratio := speed(row, name)) is not None]
         if ratios:
             middle = (min(ratios), statistics.median(ratios), max(ratios))
@@ -192,15 +192,8 @@ def speed(row: Row, other: str) -> float | None:
 
 def plain_rows(report: Report) -> list[Row]:
     """Rows of the default format, page size and one query, with FA3's bf16 time: one per shape."""
-    return [
-        row
-        for row in report["rows"]
-        if speed(row, "fa3_bf16")
-        and all(
-            row.get(name, getattr(Case, name)) == getattr(Case, name)
-            for name in ("format", "page_size", "q_len", "recent")
-        )
-    ]
+    default = {name: getattr(Case, name) for name in ("format", "page_size", "q_len", "recent")}
+    return [r for r in report["rows"] if speed(r, "fa3_bf16") and default.items() <= r.items()]
 
 
 def format_rows(report: Report) -> list[Row]:
@@ -220,11 +213,11 @@ def byte_ratio(row: Row) -> float:
 
 
 def _is(row: Row, case: Case) -> bool:
-    return asdict(case).items() <= ({"recent": Case.recent} | row).items()  # rows from before there were rings
+    return asdict(case).items() <= row.items()
 
 
 def _format_name(row: Row) -> str:
-    return f"`{row['format']}`" + (f", {row['recent']} raw" if row.get("recent") else "")
+    return f"`{row['format']}`" + (f", {row['recent']} raw" if row["recent"] else "")
 
 
 def _format(row: Row) -> KVFormat:

@@ -68,11 +68,10 @@ def serving(report: Report) -> str:
         *(f"over {x}" for x in NAMES.values()),
     )
     cells = []
-    models = list(dict.fromkeys(row["model"] for row in rows))
     measured = dict.fromkeys((row["model"], row["what"]) for row in rows)
-    for model, what in sorted(
-        measured, key=lambda pair: models.index(pair[0])
-    ):  # what was added later stands with its model
+    models = [model for model, _ in measured]
+    # What was added later stands with its model.
+    for model, what in sorted(measured, key=lambda pair: models.index(pair[0])):
         found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
         times = (_better(found.get(ours), found.get((name, None))) for name in NAMES)
         cells.append((model, what, *(_value(found.get(cache)) for cache in caches), *times))

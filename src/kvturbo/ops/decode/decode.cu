@@ -1,10 +1,10 @@
 // Decode attention on packed pages with int8 tensor cores (mma.sync m16n8k32 s8), one launch.
 //
 // Tile. All steps of all tasks lie in one row; a step is STEP slots of a (sequence, KV head, block of ROWS query rows) task. A CTA of
-// NW warps takes one big chunk of steps (of its rank's: `Claims`) and then small ones by ticket (schedule.cu). The warps take turns at the steps of a task, which
-// lie in a ring of NB stages filled by one bulk copy per page, and merge at the end of the task's piece. A task that crosses
-// chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so the result does
-// not depend on timing. ROWS = 4 * NT: queries and weights are 16-bit fixed point, 256 * hi + lo.
+// NW warps takes one big chunk of steps (of its rank's: `Claims`) and then small ones by ticket (schedule.cu). The warps take turns at
+// the steps of a task, which lie in a ring of NB stages filled by one bulk copy per page, and merge at the end of the task's piece. A
+// task that crosses chunks leaves partial results in the workspace; the last CTA to arrive merges them in the order of the chunks, so
+// the result does not depend on timing. ROWS = 4 * NT: queries and weights are 16-bit fixed point, 256 * hi + lo.
 //
 // Layout. Page planes as in docs/page.md; offsets come as macros. Lane (g, t) = (lane / 4, lane % 4). Tokens and channels are the MMA's
 // M: the codes are A, decoded once for all rows; the queries are B, a tile of 4 rows with hi and lo in neighbouring columns, so that
