@@ -192,7 +192,8 @@ def kernels_loaded(backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[]
     """Says how many kernels a backend has compiled or loaded so far."""
     if backend == "triton":
         store, decode, gather = (import_module(f"kvturbo.ops.{operation}.triton") for operation in OPERATIONS)
-        kernels = [store._store, decode._rotate_queries, decode._attend, decode._merge, gather._gather]
+        attend, merge = decode.triton_attend, decode.triton_merge
+        kernels = [store._store, attend.rotate_queries, attend.attend, merge.merge, gather._gather]
         return lambda: sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
     jit = import_module("kvturbo.cuda.jit")
     loaded, load = [], jit.Kernel.__init__
