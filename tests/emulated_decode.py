@@ -103,7 +103,7 @@ RECENT_CASES = (
     Case("k4v4", 128, 32, 4, dtype=torch.bfloat16, ring=16),
     Case("k4v3", 80, 16, 3, 3, ring=8),
     Case("k4v4-o16", 192, 16, 8, dtype=torch.float16, ring=32),
-    Case("k4v4", 128, 16, 8, few=True, ring=16),
+    Case("k4v4-o16", 128, 32, 8, few=True, ring=16),
 )
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from emulated_decode import CASES, CTAS, LIMITS, Runner, build
 from emulator import EmulatedKernel
@@ -28,4 +29,8 @@ def run(kernel: SimpleNamespace, schedule_kernel: EmulatedKernel, monkeypatch: p
     monkeypatch.setattr(cuda_schedule, "limits_of", lambda _: LIMITS if kernel.case.few else variants.Limits())
     for module in (cuda, cuda_schedule):
         monkeypatch.setattr(module, "current_stream", lambda _: 0)
+    monkeypatch.setattr(cuda, "current_device", lambda: None)  # the CPU's index
+    monkeypatch.setattr(
+        cuda, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    )
     return runner

@@ -75,11 +75,15 @@ def decode(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         kind = (
-            q.shape, q.stride(), q.dtype, q.device, pages.shape, pages.stride(), pages.dtype, pages.device,
-            block_table.shape, block_table.stride(), block_table.dtype, block_table.device,
-            seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.device, traits(q_lens), traits(seq_starts),
-            traits(sinks), traits(outlier_channels), traits(out), fmt, scale, window, soft_cap, backend,
-            None if recent is None else (*map(traits, recent),),
+            q.shape, q.is_contiguous() or q.stride(), q.dtype, q.device,
+            pages.shape, pages.is_contiguous() or pages.stride(), pages.dtype, pages.device,
+            block_table.shape, block_table.is_contiguous() or block_table.stride(), block_table.dtype, block_table.device,
+            seq_lens.shape, seq_lens.is_contiguous() or seq_lens.stride(), seq_lens.dtype, seq_lens.device,
+            fmt, scale, window, soft_cap, backend,
+            q_lens if q_lens is None else traits(q_lens), seq_starts if seq_starts is None else traits(seq_starts),
+            sinks if sinks is None else traits(sinks), out if out is None else traits(out),
+            outlier_channels if outlier_channels is None else traits(outlier_channels),
+            recent if recent is None else (*map(traits, recent),),
         )  # fmt: skip
         last, run = _CHECKED.last
         if last != kind:

@@ -18,8 +18,9 @@ FOLDER = Path(__file__).parent
 SHARES = FOLDER / "shares.cuh"
 FEW_TASKS = 64
 """Sequences times KV heads up to which a kernel of few large CTAs is used."""
-HEAVY_BYTES = 0.7
-"""Bytes per channel of a token, key and value together, below which one tile of rows is no longer bound by memory."""
+LIGHT_BYTES = 53, 0.3
+"""Bytes of a token, key and value together, that take as long to read as its instructions with one tile of rows do: so many, and so
+many more per channel."""
 LARGE_CTA = 8
 """Warps of a CTA that refills a stage after the next step's scores; smaller CTAs do so before them (1 % faster, large ones
 3 % slower)."""
@@ -60,8 +61,13 @@ class Variant:
 
     @property
     def heavy(self) -> bool:
-        """Whether a step's instructions take about as long as its bytes or longer: several tiles of rows, or few bits."""
-        return self.row_tiles > 1 or self.fmt.bytes_per_token < HEAVY_BYTES * self.fmt.head_dim
+        """Whether a step's instructions take about as long as its bytes or longer.
+
+        So it is with several tiles of rows, few bits or channels, or so many channels that only two CTAs share a multiprocessor.
+        """
+        fixed, per_channel = LIGHT_BYTES
+        light = fixed + per_channel * self.fmt.head_dim
+        return self.row_tiles > 1 or self.fmt.head_dim > 128 or self.fmt.bytes_per_token < light
 
     @property
     def partial_floats(self) -> int:
@@ -169,9 +175,11 @@ def variant_for(
     types = TYPES[q_dtype], TYPES[out_dtype]
     usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas, recent)
     # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
-    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 24, 1, recent)
-    if 0 < tasks <= FEW_TASKS and not many_rows and not wide and _fit(large, limits):
-        return large
+    if 0 < tasks <= FEW_TASKS and not many_rows and not wide:
+        for stages in (24, 16):
+            large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, stages, 1, recent)
+            if _fit(large, limits):
+                return large
     # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
     narrower = [replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1]]
     narrowest = [*narrower, replace(usual, warps=2, stages=4, ctas_per_sm=1)]

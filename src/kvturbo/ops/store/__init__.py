@@ -53,9 +53,13 @@ def store(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         kind = (
-            k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device, pages.shape, pages.stride(),
-            pages.dtype, pages.device, slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
-            traits(outlier_channels), traits(recent_rows), traits(recent_slots), fmt, backend,
+            k.shape, k.is_contiguous() or k.stride(), k.dtype, k.device,
+            v.shape, v.is_contiguous() or v.stride(), v.dtype, v.device,
+            pages.shape, pages.is_contiguous() or pages.stride(), pages.dtype, pages.device,
+            slot_mapping.shape, slot_mapping.is_contiguous() or slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
+            outlier_channels if outlier_channels is None else traits(outlier_channels),
+            recent_rows if recent_rows is None else traits(recent_rows),
+            recent_slots if recent_slots is None else traits(recent_slots), fmt, backend,
         )  # fmt: skip
         last, run = _CHECKED.last
         if last != kind:
