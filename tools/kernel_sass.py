@@ -1,7 +1,7 @@
 """Shows what the loop of a decode kernel is made of, from its machine code; needs no GPU.
 
     python tools/kernel_sass.py --group 8                        # head_dim 128, k4v4, pages of 32 tokens
-    python tools/kernel_sass.py --group 4 --q-len 2 --format k3v3 -D EARLY=0 --file changed.cu
+    python tools/kernel_sass.py --group 4 --q-len 2 --format k3v3 -D MIN_CTAS=2 --file changed.cu
 
 Printed are registers and spills, and of the loop with the tensor-core instructions: its length, the sum of the stall counts that
 the assembler wrote into its instructions (the cycles of one warp alone), how many take the integer pipe, and how often each

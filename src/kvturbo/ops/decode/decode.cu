@@ -976,23 +976,14 @@ extern "C" __global__ void __launch_bounds__(NW * 32, MIN_CTAS) decode(const __g
         }
         add_values(data, g, t, v_table, start, b, unit, x);
         if (step + NW >= now.s1) break;
-#if EARLY
         __syncwarp();
         now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
         now.page_ids(step + NB + NW + zero, next);
         ahead.wait<OWN - 1>();
-#else
-        ahead.wait<OWN - 2>();
-#endif
         data = ahead.data();
       }
       step_scores<K_BITS>(data, g, sh.lanes[lane], k_table, start, q, s);  // of the next step, or of this one again
       if (!done) continue;
-#if !EARLY
-      __syncwarp();
-      now.issue(ring, p, ring.stage, ring.use + 1, step + NB, next);
-      now.page_ids(step + NB + NW + zero, next);
-#endif
       ring = ahead;
       step += NW;
     }

@@ -21,9 +21,6 @@ FEW_TASKS = 64
 LIGHT_BYTES = 53, 0.3
 """Bytes of a token, key and value together, that take as long to read as its instructions with one tile of rows do: so many, and so
 many more per channel."""
-LARGE_CTA = 8
-"""Warps of a CTA that refills a stage after the next step's scores; smaller CTAs do so before them (1 % faster, large ones
-3 % slower)."""
 _RESERVED_BYTES = 1024  # of a CTA, by the driver
 
 
@@ -104,7 +101,6 @@ class Variant:
             "NW": self.warps,
             "NB": self.stages,
             "MIN_CTAS": self.ctas_per_sm,
-            "EARLY": int(self.warps < LARGE_CTA),
             "RECENT": self.recent,
             "Q_TYPE": self.q_type,
             "OUT_TYPE": self.out_type,
@@ -175,11 +171,9 @@ def variant_for(
     types = TYPES[q_dtype], TYPES[out_dtype]
     usual = Variant(fmt, page_size, group, *types, row_tiles, step, 4, 8, ctas, recent)
     # Few tasks are cut into many pieces: fewer, larger CTAs leave fewer pieces to merge (1 x 131k: 58.6 us instead of 64.5).
-    if 0 < tasks <= FEW_TASKS and not many_rows and not wide:
-        for stages in (24, 16):
-            large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, stages, 1, recent)
-            if _fit(large, limits):
-                return large
+    large = Variant(fmt, page_size, group, *types, row_tiles, step, 8, 16, 1, recent)
+    if 0 < tasks <= FEW_TASKS and not many_rows and not wide and _fit(large, limits):
+        return large
     # Three CTAs with a stage or two less are faster than two (-o16: 12 warps instead of 8).
     narrower = [replace(usual, stages=stages) for stages in (8, 7, 6)[: 3 if limits.bulk_copies else 1]]
     narrowest = [*narrower, replace(usual, warps=2, stages=4, ctas_per_sm=1)]
