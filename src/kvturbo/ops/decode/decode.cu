@@ -800,27 +800,6 @@ DEV void finish_row(const Params& p, const Task& k, int r, const Newest& newest,
   if (lane == 0) p.lse[row] = sum == 0 ? -INF : (top + log2f(sum)) * 0.69314718f;
 }
 
-// Merges n partial results of a row: result i has its O at o + i * stride and (m, l) at ml + i * ml_stride; fixed order.
-template <class F, class W> DEV void merge_row(int n, F value, W weight, float& top, float& sum, float* x, int lane) {
-  top = EMPTY;
-  for (int i = lane; i < n; i += 32) top = max_nan(top, weight(i, 0));
-  UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
-  sum = 0;
-  UNROLL for (int e = 0; e < E; e++) x[e] = 0;
-  for (int i0 = 0; i0 < n; i0 += 32) {
-    const int mine = i0 + lane;
-    const float f = mine < n ? ex2(weight(mine, 0) - top) : 0.f;
-    const float l = mine < n ? f * weight(mine, 1) : 0.f;
-    const int count = min(32, n - i0);
-#pragma unroll 8
-    for (int i = 0; i < count; i++) {
-      const float fi = __shfl_sync(~0u, f, i);
-      sum += __shfl_sync(~0u, l, i);
-      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) x[e] = fmaf(value(i0 + i, 32 * e + lane), fi, x[e]);
-    }
-  }
-}
-
 struct __align__(16) Shared {
   u64 bars[NB];
   int filled[NB];
@@ -839,23 +818,74 @@ DEV u32 arrive(u32* counter) {  // and see what those who arrived before have wr
   return before;
 }
 
-// Merges the warps' results of a piece from shared memory: rows of whole tasks are finished, others go to the workspace.
+// Merges the warps' results of a piece from shared memory, in their order: rows of whole tasks are finished, others go to the workspace.
 DEV void merge_warps(const Params& p, const Task& k, Shared& sh, const float* rows, float* part, bool whole, int warp, int lane) {
   float* buf = sh.buf + (ORDER == 1 ? 0 : warp * D);
   const int used = min(ROWS, GROUP * k.q_len - k.row0);
   for (int r = warp; r < used; r += NW) {
     const Newest newest(whole && k.recent, r, part + RESULT, lane);
-    float top, sum, o[E];
-    merge_row(NW, [&](int w, int c) { return rows[(w * ROWS + r) * LINE + c]; },
-              [&](int w, int which) { return which ? sh.sum[w][r] : sh.top[w][r]; }, top, sum, o, lane);
+    float top = EMPTY, sum = 0, o[E];
+    UNROLL for (int w = 0; w < NW; w++) top = max_nan(top, sh.top[w][r]);
+    UNROLL for (int e = 0; e < E; e++) o[e] = 0;
+    UNROLL for (int w = 0; w < NW; w++) {
+      const float f = ex2(sh.top[w][r] - top);
+      sum = fmaf(sh.sum[w][r], f, sum);
+      UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) o[e] = fmaf(rows[(w * ROWS + r) * LINE + 32 * e + lane], f, o[e]);
+    }
     if (whole) { finish_row(p, k, r, newest, top, sum, o, buf, lane); continue; }
     UNROLL for (int e = 0; e < E; e++) if (32 * e + lane < D) part[r * D + 32 * e + lane] = o[e];
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
   }
 }
 
+// The partial results of a row of a task in n chunks, on their way from memory: the first ones, and all sums of the first 32. They are asked for
+// together, since at the end of a launch nobody else works and every trip to memory counts.
+struct Partials {
+  static constexpr int ROWS_AT_ONCE = Rows::MINE > 1 ? 2 : 1;
+  static constexpr int REGISTERS = (MIN_CTAS == 1 ? 64 : 32) / ROWS_AT_ONCE;
+  static constexpr int AT_ONCE = REGISTERS >= 16 * E ? 16 : REGISTERS >= 8 * E ? 8 : REGISTERS >= 4 * E ? 4 : 2;
+  const float* base;  // of the first chunk's results
+  int n, r;
+  float x[AT_ONCE][E];
+  float2 weight;      // m and l of result `lane`
+  Newest newest;
+  DEV Partials(const Params& p, const Task& k, int first, int n_, int r_, int lane)
+      : base(p.workspace + (i64)2 * first * PART), n(n_), r(r_), weight(weight_of(lane)), newest(k.recent, r_, at(n_ - 1) + RESULT, lane) {
+    load(0, lane, x);
+  }
+  DEV const float* at(int i) const { return base + (i64)(2 * i + (i == 0)) * PART; }
+  DEV float2 weight_of(int i) const { return i < n ? __ldcg((const float2*)(at(i) + ROWS * D) + r) : float2{EMPTY, 0.f}; }
+  DEV void load(int from, int lane, float (&to)[AT_ONCE][E]) const {
+    UNROLL for (int i = 0; i < AT_ONCE; i++) UNROLL for (int e = 0; e < E; e++)
+      to[i][e] = from + i < n && 32 * e + lane < D ? __ldcg(at(from + i) + r * D + 32 * e + lane) : 0.f;
+  }
+  DEV void merge(float& top, float& sum, float (&to)[E], int lane) {  // in the order of the chunks
+    top = weight.x;
+    for (int i = lane + 32; i < n; i += 32) top = max_nan(top, weight_of(i).x);
+    UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
+    sum = 0;
+    UNROLL for (int e = 0; e < E; e++) to[e] = 0;
+    float f = 0;
+#pragma unroll 1
+    for (int i = 0; i < n; i += AT_ONCE) {
+      if (i % 32 == 0) {
+        if (i) weight = weight_of(i + lane);
+        f = i + lane < n ? ex2(weight.x - top) : 0.f;
+        float l = f * weight.y;
+        UNROLL for (int h = 16; h; h /= 2) l += __shfl_xor_sync(~0u, l, h);
+        sum += l;
+      }
+      if (i) load(i, lane, x);
+      UNROLL for (int j = 0; j < AT_ONCE; j++) {
+        const float fj = __shfl_sync(~0u, f, i % 32 + j);
+        UNROLL for (int e = 0; e < E; e++) to[e] = fmaf(x[j][e], fj, to[e]);
+      }
+    }
+  }
+};
+
 // Announces this warp's rows of a piece of a task that lies in `splits` chunks from `first` on; the warp that is the last of the CTAs' to
-// do so merges the pieces, in the order of the chunks.
+// do so merges the pieces.
 DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int splits, int warp, int lane) {
   __syncwarp();
   int last = 0;
@@ -867,13 +897,18 @@ DEV void merge_pieces(const Params& p, const Task& k, Shared& sh, int first, int
   if (!__shfl_sync(~0u, last, 0)) return;
   __syncwarp();
   const int used = min(ROWS, GROUP * k.q_len - k.row0);
-  for (int r = warp; r < used; r += NW) {
-    auto result = [&](int i) { return p.workspace + (i64)(2 * (first + i) + (i == 0)) * PART; };
-    const Newest newest(k.recent, r, result(splits - 1) + RESULT, lane);
+  auto finish = [&](Partials& row) {
     float top, sum, o[E];
-    merge_row(splits, [&](int i, int c) { return __ldcg(result(i) + r * D + c); },
-              [&](int i, int which) { return __ldcg(result(i) + ROWS * D + 2 * r + which); }, top, sum, o, lane);
-    finish_row(p, k, r, newest, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
+    row.merge(top, sum, o, lane);
+    finish_row(p, k, row.r, row.newest, top, sum, o, sh.buf + (ORDER == 1 ? 0 : warp * D), lane);
+  };
+#pragma unroll 1
+  for (int r = warp; r < used; r += Partials::ROWS_AT_ONCE * NW) {
+    Partials row(p, k, first, splits, r, lane);
+    if (Partials::ROWS_AT_ONCE == 1 || r + NW >= used) { finish(row); continue; }
+    Partials other(p, k, first, splits, r + NW, lane);
+    finish(row);
+    finish(other);
   }
 }
 

@@ -36,7 +36,7 @@ __device__ int scan(int x, int* warps, int& sum) {  // inclusive, over the CTA
 }
 
 constexpr int LEAD = 12, HEAVY_LEAD = 16;      // steps' worth of time; where steps are heavy
-constexpr int TAPER = 120, HEAVY_TAPER = 200;  // thousandths of the mean share, from rank to rank
+constexpr int TAPER = 120, HEAVY_TAPER = 240;  // thousandths of the mean share, from rank to rank
 constexpr int TICKET = 8;                      // steps of a small chunk, times min_chunk
 
 struct Params {
