@@ -842,7 +842,7 @@ DEV void merge_warps(const Params& p, const Task& k, Shared& sh, const float* ro
 // together, since at the end of a launch nobody else works and every trip to memory counts.
 struct Partials {
   static constexpr int ROWS_AT_ONCE = Rows::MINE > 1 ? 2 : 1;
-  static constexpr int REGISTERS = (MIN_CTAS == 1 ? 64 : 32) / ROWS_AT_ONCE;
+  static constexpr int REGISTERS = (MIN_CTAS == 1 ? 64 : ORDER == 1 ? 32 : 16) / ROWS_AT_ONCE;  // Paley matrices want some too
   static constexpr int AT_ONCE = REGISTERS >= 16 * E ? 16 : REGISTERS >= 8 * E ? 8 : REGISTERS >= 4 * E ? 4 : 2;
   const float* base;  // of the first chunk's results
   int n, r;
