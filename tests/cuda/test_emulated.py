@@ -95,6 +95,14 @@ def test_tokens_are_copied_into_rings(
     check_recent_copies(run, kernel.fmt, kernel.page_size, slots, k, v, "cpu")
 
 
+def test_strides_of_one_token_do_not_count(kernel: SimpleNamespace) -> None:
+    x = torch.zeros(1, 2, kernel.fmt.head_dim, dtype=kernel.dtype)
+    pages = torch.zeros(1, 2, kernel.fmt.page_bytes(kernel.page_size), dtype=torch.uint8)
+    tensors = x.as_strided(x.shape, (3, *x.stride()[1:])), x, pages, torch.tensor([0]), None, None, None
+    for strided in (tensors, (x, *tensors[1:])):
+        assert isinstance(store.prepare(*strided, fmt=kernel.fmt), store._Call)
+
+
 def test_rings_that_the_kernel_cannot_write_are_refused(kernel: SimpleNamespace) -> None:
     fmt, unit = kernel.fmt, 4 * kernel.dtype.itemsize
     k, slots = torch.zeros(1, 1, fmt.head_dim, dtype=kernel.dtype), torch.tensor([0])

@@ -121,6 +121,20 @@ def test_what_the_kernel_would_read_wrongly_is_refused(run: Runner) -> None:
         cuda.decode(q, pages, batch.block_table, batch.seq_lens, torch.empty_like(q), **options)
 
 
+@pytest.mark.parametrize("kernel", [CASES[0]], ids=lambda case: case.label, indirect=True)
+def test_strides_of_dimensions_of_one_do_not_count(run: Runner) -> None:
+    batch = run.batch([9])
+    q, wanted = run.queries(batch), run(run.queries(batch), batch)
+    pages, table = batch.pages[batch.block_table[0, 0]].unsqueeze(0), torch.zeros(1, 1, dtype=torch.int32)
+    odd = pages.as_strided(pages.shape, (8, *pages.stride()[1:])), table.as_strided((1, 1), (1, 99))
+    for found in (odd, (pages, table)):
+        schedule = make_schedule(q, found[0], batch.seq_lens, fmt=batch.fmt, out_dtype=wanted[0].dtype)
+        schedule.update(batch.seq_lens)
+        out = torch.empty_like(wanted[0])
+        cuda.decode(q, *found, batch.seq_lens, out, scale=SCALE, schedule=schedule, **batch.format_options())
+        assert same_bits(out, wanted[0])
+
+
 @pytest.mark.parametrize("kernel", [CASES[2]], ids=lambda case: case.label, indirect=True)
 def test_layers_share_a_plan_and_steps_do_not(
     run: Runner, schedule_kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,17 @@ def test_newest_tokens_are_read_raw(run: Runner, options: dict[str, Any]) -> Non
     assert relative_error(packed, raw) > 5 * run.case.bound, "raw tokens make no difference"
 
 
+@pytest.mark.parametrize("kernel", [RECENT_CASES[i] for i in (0, 1, 3)], ids=lambda case: case.label, indirect=True)
+def test_a_task_in_more_pieces_than_a_warp_has_lanes(run: Runner) -> None:
+    run.ctas, run.launches = 150, 2
+    batch = run.batch([2_750 * run.case.variant.warps, 40])
+    q, size = run.queries(batch), run.case.ring
+    recent = rings(batch, [min(size, 13), 5], size, q.dtype)
+    run.check(q, batch, q_lens=None if run.case.queries == 1 else [run.case.queries, 1], recent=recent)
+    share, steps = int(run.plan[0]), int(run.plan[10])  # of the first CTA; of the first task
+    assert steps > 33 * share
+
+
 @pytest.mark.parametrize("kernel", RECENT_CASES[:1], ids=lambda case: case.label, indirect=True)
 def test_rings_that_begin_between_16_bytes_are_refused(run: Runner) -> None:
     batch = run.batch()

@@ -221,9 +221,9 @@ def prepare(
         sinks=sinks,
         outlier_channels=outlier_channels,
     )
-    if block_table.stride(1) != 1:
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
         raise ValueError(f"block_table's rows must be contiguous, got strides {block_table.stride()}")
-    if pages.stride(0) >= 1 << 32 or pages.stride(0) % 16:
+    if len(pages) > 1 and (pages.stride(0) >= 1 << 32 or pages.stride(0) % 16):
         raise ValueError(
             f"pages must begin at multiples of 16 bytes and lie less than 4 GiB apart, got stride {pages.stride(0)}"
         )

@@ -198,4 +198,6 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _strided_for_us(x: Tensor) -> bool:
-    return x.stride(2) == 1 and not (x.stride(0) % 4 or x.stride(1) % 4)
+    return x.stride(2) == 1 and all(
+        n == 1 or not stride % 4 for n, stride in zip(x.shape[:2], x.stride(), strict=False)
+    )
