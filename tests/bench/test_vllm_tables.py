@@ -59,6 +59,18 @@ def test_conditions_name_commits_runs_and_failures() -> None:
     assert text.endswith("commits 0123456789ab, def. Medians of up to 2 runs. `fp8` failed with qwen2.5-7b.")
 
 
+def test_figures_of_another_commit_are_marked_and_not_compared() -> None:
+    steps = {"auto": 6.0, "fp8": 5.0, "turboquant": 4.0, "turboquant_4bit_nc": 20.0}
+    values = {name: value(name, "decode step", number, "ms") for name, number in steps.items()}
+    values["turboquant_4bit_nc"]["commit"] = "old"
+    found = report(*values.values())
+    assert serving(found).endswith("| 6.00 ms | 5.00 ms | 4.00 ms | 20.00 ms ¹ | 1.50x | 1.25x |")
+    assert "¹ Of another commit than the row's other figures" in conditions(found)
+    values["turboquant"]["commit"] = "new"
+    found = report(*values.values())
+    assert serving(found).endswith("| 6.00 ms | 5.00 ms | 4.00 ms | 20.00 ms ¹ | - | - |")
+
+
 def test_sizes_of_rings_have_columns_of_their_own() -> None:
     steps = [("auto", 6.0, None), ("turboquant", 3.0, 0), ("turboquant", 4.0, 16)]
     found = report(*(value(name, "decode step", step, "ms", recent) for name, step, recent in steps))

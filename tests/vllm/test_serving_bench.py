@@ -93,15 +93,24 @@ def test_a_part_of_the_cache_is_what_is_left_in_the_pool() -> None:
 
 def test_rows_are_medians_and_their_ratios() -> None:
     def value(number: float) -> dict[str, Any]:
-        return {"what": "capacity", "value": number, "unit": "tokens", "model": "qwen2.5-7b", "recent": None}
+        facts = {"what": "capacity", "unit": "tokens", "model": "qwen2.5-7b", "recent": None, "commit": "a"}
+        return facts | {"value": number}
 
     runs = {"auto": [100, 90, 200], "fp8": [200], "turboquant": [370, 390]}
     rows = rows_of(value(x) | {"kv_cache_dtype": name} for name, found in runs.items() for x in found)
     assert [row["value"] for row in rows] == [100, 200, 380]
     assert [row["ratio_bf16"] for row in rows] == [1, 2, 3.8] and rows[2]["ratio_fp8"] == 1.9
-    assert list(rows[0]) == ["what", "model", "kv_cache_dtype", "recent", "value", "unit", "ratio_bf16", "ratio_fp8"]
+    names = ["what", "model", "kv_cache_dtype", "recent", "commit", "value", "unit", "ratio_bf16", "ratio_fp8"]
+    assert list(rows[0]) == names
     alone = rows_of([value(1) | {"kv_cache_dtype": "turboquant"}])
     assert alone[0]["ratio_bf16"] is None and alone[0]["ratio_fp8"] is None
+
+
+def test_there_is_no_ratio_of_runs_of_different_commits() -> None:
+    facts = {"what": "capacity", "value": 1, "unit": "tokens", "model": "qwen2.5-7b", "recent": None}
+    commits = {"auto": "b", "fp8": "a", "turboquant": "b"}
+    *_, ours = rows_of(facts | {"kv_cache_dtype": name, "commit": commit} for name, commit in commits.items())
+    assert ours["ratio_bf16"] == 1 and ours["ratio_fp8"] is None
 
 
 def test_a_step_is_the_median_of_steady_steps() -> None:

@@ -162,31 +162,26 @@ def jobs(
 
 def rows_of(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per figure, model, cache dtype and size of rings: the median of its runs, and it over the baselines' (None where
-    these are missing).
+    these are missing, or of another commit and so of another run).
 
     Args:
-        values: of every run: `model`, `kv_cache_dtype`, `recent`, `what`, `value`, `unit`.
+        values: of every run: `model`, `kv_cache_dtype`, `recent`, `what`, `value`, `unit`, `commit` (one for all runs of a row).
     """
-    runs: dict[tuple[str, str, str, int | None], list[float]] = {}
-    units: dict[str, str] = {}
+    runs: dict[tuple[str, str, str, int | None], list[Mapping[str, Any]]] = {}
     for value in values:
         key = value["what"], value["model"], value["kv_cache_dtype"], value["recent"]
-        runs.setdefault(key, []).append(float(value["value"]))
-        units[value["what"]] = value["unit"]
-    medians = {key: statistics.median(found) for key, found in runs.items()}
-    rows = []
-    for (what, model, cache_dtype, recent), median in medians.items():
-        row = {
-            "what": what,
-            "model": model,
-            "kv_cache_dtype": cache_dtype,
-            "recent": recent,
-            "value": median,
-            "unit": units[what],
-        }
-        bases = {name: medians.get((what, model, baseline, None)) for name, baseline in BASELINES.items()}
-        rows.append(row | {name: median / base if base else None for name, base in bases.items()})
-    return rows
+        runs.setdefault(key, []).append(value)
+    rows = {
+        key: {name: found[-1][name] for name in ("what", "model", "kv_cache_dtype", "recent", "commit")}
+        | {"value": statistics.median(float(run["value"]) for run in found), "unit": found[-1]["unit"]}
+        for key, found in runs.items()
+    }
+    for (what, model, _, _), row in rows.items():
+        for name, baseline in BASELINES.items():
+            base = rows.get((what, model, baseline, None))
+            same = base is not None and base["commit"] == row["commit"]
+            row[name] = row["value"] / base["value"] if base and same and base["value"] else None
+    return list(rows.values())
 
 
 def step_milliseconds(times: Sequence[float], tokens: Sequence[int], batch: int) -> float:

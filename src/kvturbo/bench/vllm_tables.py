@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from kvturbo.eval.report import markdown_table, not_measured
@@ -17,6 +17,8 @@ NAMES = {"auto": "16 bits", "fp8": "`fp8`"}
 """What baselines are called; other cache dtypes by their flag."""
 OURS = "turboquant"
 SMALLER_IS_BETTER = ("ms", "GiB")
+OTHER_RUN = " ¹"
+"""Marks figures of another commit than those that `turboquant` is compared with."""
 BRIEF = ("capacity", "8 sequences", "decode step", "first token")
 """How the names of the README's rows begin, beside those of throughputs."""
 
@@ -32,6 +34,8 @@ def conditions(report: Report) -> str:
     )
     most = max(_runs(report).values())
     text += f" {'Single runs' if most == 1 else f'Medians of up to {most} runs'}."
+    if OTHER_RUN in serving(report):
+        text += f"{OTHER_RUN} Of another commit than the row's other figures, so of another run."
     for cache, model in dict.fromkeys((_cache(failure), failure["model"]) for failure in report["failed"]):
         text += f" {_flag(cache)} failed with {model}."
     return text
@@ -74,7 +78,9 @@ def serving(report: Report) -> str:
     for model, what in sorted(measured, key=lambda pair: models.index(pair[0])):
         found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
         times = (_better(found.get(ours), found.get((name, None))) for name in NAMES)
-        cells.append((model, what, *(_value(found.get(cache)) for cache in caches), *times))
+        commits = {found[cache]["commit"] for cache in (ours, *((name, None) for name in NAMES)) if cache in found}
+        here = (_value(found.get(cache), commits) for cache in caches)
+        cells.append((model, what, *here, *times))
     return markdown_table(header, cells)
 
 
@@ -87,15 +93,17 @@ def _flag(cache: Cache) -> str:
     return f"`{name}`" + ("" if recent is None else f", `recent` {recent}")
 
 
-def _value(row: Row | None) -> str:
+def _value(row: Row | None, commits: Collection[str]) -> str:
+    """A figure, with a mark if it is of none of these commits."""
     if row is None:
         return "-"
-    return f"{row['value']:,.{2 if row['unit'] in SMALLER_IS_BETTER else 0}f} {row['unit']}"
+    mark = "" if row["commit"] in commits else OTHER_RUN
+    return f"{row['value']:,.{2 if row['unit'] in SMALLER_IS_BETTER else 0}f} {row['unit']}{mark}"
 
 
 def _better(ours: Row | None, baseline: Row | None) -> str:
-    """How many times as good ours is: more tokens, or less time or memory."""
-    if ours is None or baseline is None:
+    """How many times as good ours is: more tokens, or less time or memory. Nothing of runs of different commits."""
+    if ours is None or baseline is None or ours["commit"] != baseline["commit"]:
         return "-"
     value, base = ours["value"], baseline["value"]
     return f"{base / value if ours['unit'] in SMALLER_IS_BETTER else value / base:.2f}x"
