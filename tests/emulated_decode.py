@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ SCALE = 0.11
 HEADS = 2
 LENGTHS = [700, 0, 3, 257, 64, 130]
 CTAS = 7
-LIMITS = variants.Limits(227 * 1024, 228 * 1024)
+SM_90 = variants.Limits(227 * 1024, 228 * 1024, bulk_copies=True)
+LIMITS = replace(SM_90, bulk_copies=False)  # the emulator has none
 
 
 @dataclass(frozen=True)

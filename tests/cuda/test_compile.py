@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("cuda.core", reason="needs the extra 'cuda'")
 
+from emulated_decode import SM_90
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, PRESETS, KVFormat
 from kvturbo.cuda.jit import compile_source
 from kvturbo.ops.decode import variants
@@ -21,7 +22,6 @@ from kvturbo.vllm import rings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = (BF16, FP16, FP32)
-H200 = variants.Limits(232448, 233472, bulk_copies=True)
 OTHER_ARCHITECTURES = ("sm_80", "sm_89", "sm_100a", "sm_120a")
 TOLERATED_SPILLS: dict[str, int] = {
     "sm_90a-decode-k4v3-112-32-float16-float16-16": 160,
@@ -83,7 +83,7 @@ class Kernel(NamedTuple):
             return PLAIN[self.operation]
         if self.operation.startswith("decode"):
             tasks, ring = (1 if "few" in self.operation else 0), (16 if "rings" in self.operation else 0)
-            limits = H200 if tasks or ring else variants.Limits()
+            limits = SM_90 if tasks or ring else variants.Limits()
             return variants.variant_for(
                 self.fmt, self.page_size, self.dtype, self.out, self.rows, tasks=tasks, limits=limits, recent=ring
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulated_decode import CASES, CTAS, HEADS, LENGTHS, OPTIONS, SCALE, Runner, starts
+from emulated_decode import CASES, CTAS, HEADS, LENGTHS, OPTIONS, SCALE, SM_90, Runner, starts
 from emulator import EmulatedKernel
 from kvturbo import KVFormat
 from kvturbo.config import HEAD_DIMS, PAGE_SIZES, Side
@@ -183,7 +183,7 @@ def test_layers_share_a_plan_and_steps_do_not(
 LIMITS_OF = {
     "sm_80": variants.Limits(163 * 1024, 164 * 1024),
     "sm_86": variants.Limits(99 * 1024, 100 * 1024),
-    "sm_90": variants.Limits(227 * 1024, 228 * 1024, True),
+    "sm_90": SM_90,
     "sm_120": variants.Limits(99 * 1024, 100 * 1024, True),
 }
 

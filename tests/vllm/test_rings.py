@@ -10,6 +10,7 @@ import torch
 
 import vllm_models as models
 import vllm_standin
+from emulated_decode import SM_90
 from kvturbo import KVFormat
 from kvturbo.vllm import rings
 from kvturbo.vllm.rings import Plan
@@ -135,13 +136,13 @@ def test_the_kernels_of_rings_are_loaded_before_the_first_step(
     vllm_python: None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvturbo.ops import warmup as operations
-    from kvturbo.ops.decode import loading, variants
+    from kvturbo.ops.decode import loading
     from kvturbo.vllm import schedules
 
     fmt, dtype, device = KVFormat.from_name("k4v4", 128), torch.bfloat16, torch.device("cpu")
-    limits, planned, loaded = variants.Limits(227 * 1024, 228 * 1024, True), [], []
+    planned, loaded = [], []
     for module in (schedules, loading):
-        monkeypatch.setattr(module, "limits_of", lambda device: limits)
+        monkeypatch.setattr(module, "limits_of", lambda device: SM_90)
     monkeypatch.setattr(schedules, "Schedule", lambda variant, *rest: planned.append(variant) or SimpleNamespace())
     monkeypatch.setattr(loading, "_code", lambda variant, device: b"")
     monkeypatch.setattr(loading, "kernels", lambda variant, device: loaded.append(variant))

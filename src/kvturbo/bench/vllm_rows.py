@@ -179,8 +179,9 @@ def rows_of(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for (what, model, _, _), row in rows.items():
         for name, baseline in BASELINES.items():
             base = rows.get((what, model, baseline, None))
-            same = base is not None and base["commit"] == row["commit"]
-            row[name] = row["value"] / base["value"] if base and same and base["value"] else None
+            if base and base["commit"] != row["commit"]:
+                base = None
+            row[name] = row["value"] / base["value"] if base and base["value"] else None
     return list(rows.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from kvturbo.bench.vllm_rows import BASELINES
 from kvturbo.eval.report import markdown_table, not_measured
 
 Report = dict[str, Any]
@@ -52,7 +53,8 @@ def _runs(report: Report) -> Mapping[tuple[str, str, Cache], int]:
 def brief(report: Report) -> str:
     """The figures that users look at first, and on what and with what they were measured."""
     rows = [row for row in report["rows"] if row["what"].startswith(BRIEF) or " prompts, " in row["what"]]
-    return "\n\n".join([serving(report | {"rows": rows}), conditions(report)]) if rows else not_measured(SERVING_SCRIPT)
+    shown = report | {"rows": rows}
+    return "\n\n".join([serving(shown), conditions(shown)]) if rows else not_measured(SERVING_SCRIPT)
 
 
 def serving(report: Report) -> str:
@@ -69,7 +71,7 @@ def serving(report: Report) -> str:
         "model",
         "what",
         *(NAMES.get(cache[0], _flag(cache)) for cache in caches),
-        *(f"over {x}" for x in NAMES.values()),
+        *(f"over {NAMES[name]}" for name in BASELINES.values()),
     )
     cells = []
     measured = dict.fromkeys((row["model"], row["what"]) for row in rows)
@@ -77,7 +79,7 @@ def serving(report: Report) -> str:
     # What was added later stands with its model.
     for model, what in sorted(measured, key=lambda pair: models.index(pair[0])):
         found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
-        times = (_better(found.get(ours), found.get((name, None))) for name in NAMES)
+        times = (_better(found.get(ours), name) for name in BASELINES)
         commits = {found[cache]["commit"] for cache in (ours, *((name, None) for name in NAMES)) if cache in found}
         here = (_value(found.get(cache), commits) for cache in caches)
         cells.append((model, what, *here, *times))
@@ -101,12 +103,12 @@ def _value(row: Row | None, commits: Collection[str]) -> str:
     return f"{row['value']:,.{2 if row['unit'] in SMALLER_IS_BETTER else 0}f} {row['unit']}{mark}"
 
 
-def _better(ours: Row | None, baseline: Row | None) -> str:
-    """How many times as good ours is: more tokens, or less time or memory. Nothing of runs of different commits."""
-    if ours is None or baseline is None or ours["commit"] != baseline["commit"]:
+def _better(ours: Row | None, name: str) -> str:
+    """How many times as good ours is by a ratio of its row: more tokens, or less time or memory."""
+    ratio = ours and ours[name]
+    if not ours or not ratio:
         return "-"
-    value, base = ours["value"], baseline["value"]
-    return f"{base / value if ours['unit'] in SMALLER_IS_BETTER else value / base:.2f}x"
+    return f"{1 / ratio if ours['unit'] in SMALLER_IS_BETTER else ratio:.2f}x"
 
 
 def retrieval(report: Report) -> str:

@@ -88,6 +88,14 @@ DEV float rows_sum(float x) {
   UNROLL for (int h = 4; h < 32; h *= 2) x += __shfl_xor_sync(~0u, x, h);
   return x;
 }
+DEV float all_max(float x) {  // over all lanes
+  UNROLL for (int h = 16; h; h /= 2) x = max_nan(x, __shfl_xor_sync(~0u, x, h));
+  return x;
+}
+DEV float all_sum(float x) {
+  UNROLL for (int h = 16; h; h /= 2) x += __shfl_xor_sync(~0u, x, h);
+  return x;
+}
 DEV void mma32(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -723,12 +731,8 @@ struct Newest {
     score = fabsf(score) < INF ? score * p.scale_log2 : NOT_A_NUMBER;  // an infinity would vanish in the soft cap or as a weight of 0
     if (p.soft_cap > 0) score = p.soft_cap * tanh_exact(score / p.soft_cap);
     score = seen[lane & (RECENT - 1)] ? score : -INF;
-    float top = score;
-    UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
-    top = max_nan(top, EMPTY);
-    const float weight = ex2(score - top);
-    float sum = lane < RECENT ? weight : 0;
-    UNROLL for (int h = 16; h; h /= 2) sum += __shfl_xor_sync(~0u, sum, h);
+    const float top = max_nan(all_max(score), EMPTY), weight = ex2(score - top);
+    const float sum = all_sum(lane < RECENT ? weight : 0);
     if (lane == 0) { part[ROWS * D + 2 * r] = top; part[ROWS * D + 2 * r + 1] = sum; }
 #pragma unroll BATCH
     for (int i = 0; i < RECENT; i++) {
@@ -851,18 +855,18 @@ struct Partials {
   Newest newest;
   DEV Partials(const Params& p, const Task& k, int first, int n_, int r_, int lane)
       : base(p.workspace + (i64)2 * first * PART), n(n_), r(r_), weight(weight_of(lane)), newest(k.recent, r_, at(n_ - 1) + RESULT, lane) {
-    load(0, lane, x);
+    load(0, lane);
   }
   DEV const float* at(int i) const { return base + (i64)(2 * i + (i == 0)) * PART; }
   DEV float2 weight_of(int i) const { return i < n ? __ldcg((const float2*)(at(i) + ROWS * D) + r) : float2{EMPTY, 0.f}; }
-  DEV void load(int from, int lane, float (&to)[AT_ONCE][E]) const {
+  DEV void load(int from, int lane) {
     UNROLL for (int i = 0; i < AT_ONCE; i++) UNROLL for (int e = 0; e < E; e++)
-      to[i][e] = from + i < n && 32 * e + lane < D ? __ldcg(at(from + i) + r * D + 32 * e + lane) : 0.f;
+      x[i][e] = from + i < n && 32 * e + lane < D ? __ldcg(at(from + i) + r * D + 32 * e + lane) : 0.f;
   }
   DEV void merge(float& top, float& sum, float (&to)[E], int lane) {  // in the order of the chunks
     top = weight.x;
     for (int i = lane + 32; i < n; i += 32) top = max_nan(top, weight_of(i).x);
-    UNROLL for (int h = 16; h; h /= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, h));
+    top = all_max(top);
     sum = 0;
     UNROLL for (int e = 0; e < E; e++) to[e] = 0;
     float f = 0;
@@ -871,11 +875,9 @@ struct Partials {
       if (i % 32 == 0) {
         if (i) weight = weight_of(i + lane);
         f = i + lane < n ? ex2(weight.x - top) : 0.f;
-        float l = f * weight.y;
-        UNROLL for (int h = 16; h; h /= 2) l += __shfl_xor_sync(~0u, l, h);
-        sum += l;
+        sum += all_sum(f * weight.y);
       }
-      if (i) load(i, lane, x);
+      if (i) load(i, lane);
       UNROLL for (int j = 0; j < AT_ONCE; j++) {
         const float fj = __shfl_sync(~0u, f, i % 32 + j);
         UNROLL for (int e = 0; e < E; e++) to[e] = fmaf(x[j][e], fj, to[e]);

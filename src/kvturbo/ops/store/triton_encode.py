@@ -133,7 +133,7 @@ def _butterflies(x, ROWS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _by_matrix(
     x, matrix, outlier_channels, m_row, N: tl.constexpr, PLACES: tl.constexpr, OUTLIERS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The vectors at x times a `rotation_matrix`: [ROWS, N] fp32, without the factor."""
     place = tl.arange(0, N)
@@ -165,7 +165,7 @@ def rotate_keys(
             y = _butterflies(y * tl.load(turn + tl.arange(0, D))[None, :], ROWS, D)
         y = tl.permute(tl.reshape(y, (ROWS, U // 4, 2, 4, 4)), (0, 3, 1, 2, 4))
     else:
-        y = _by_matrix(x, turn, outlier_channels, m_row, 8 * U, 8 * U, OUTLIERS, D, DV, ROWS, EXACT, DOT)
+        y = _by_matrix(x, turn, outlier_channels, m_row, 8 * U, 8 * U, OUTLIERS, D, ROWS, EXACT, DOT)
         y = tl.permute(tl.reshape(y, (ROWS, 8, U)), (0, 2, 1))
     return tl.reshape(y, (ROWS, 8 * U))
 
@@ -182,5 +182,5 @@ def rotate_values(
             y = _butterflies(y * tl.load(turn + tl.arange(0, D))[None, :], ROWS, D)
         y = tl.reshape(tl.permute(tl.reshape(y, (ROWS, D // 32, 4, 8)), (0, 1, 3, 2)), (ROWS, D))
     else:
-        y = _by_matrix(x, turn, turn, m_row, DV, D, 0, D, DV, ROWS, EXACT, DOT)
+        y = _by_matrix(x, turn, turn, m_row, DV, D, 0, D, ROWS, EXACT, DOT)
     return y
