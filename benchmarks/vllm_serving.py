@@ -2,10 +2,12 @@
 
     python benchmarks/vllm_serving.py                     # writes benchmarks/results/vllm-<gpu>.json
     python benchmarks/vllm_serving.py --models llama-3.1-8b --only start,burst --rounds 1 --add
+    python benchmarks/vllm_serving.py --gpus 0,1,2,3      # an engine on each at a time
 
-A process serves all cache dtypes of a model, one engine after another. A row is the median of the rounds. Figures are written as
-they come. An engine that fails is named in the file, with what it said, and the exit code is 1; what is left is measured in a new
-process, since a failed engine may keep memory or leave the GPU unusable for its own.
+A process serves all cache dtypes of a model, one engine after another. Several GPUs, which must be alike, share all engines:
+one that is free takes the next, of a cache dtype that it has not served if there is one. A row is the median of the rounds.
+Figures are written as they come. An engine that fails is named in the file, with what it said, and the exit code is 1; what
+is left is measured in a new process, since a failed engine may keep memory or leave the GPU unusable for its own.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,8 +31,8 @@ from typing import Any
 import torch
 
 from kvturbo.bench import report, running, vllm_recent
-from kvturbo.bench.vllm_progress import Progress, add_value
-from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
+from kvturbo.bench.vllm_progress import Progress, Queue, add_value
+from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, LONG, MEASURES, MODELS, Job, jobs, rows_of
 from kvturbo.vllm import rings
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,8 +50,8 @@ def arguments() -> argparse.Namespace:
         "--without",
         action="append",
         default=[],
-        metavar="DTYPE:MEASURE,...",
-        help="what is not measured with a cache dtype",
+        metavar="NAME:MEASURE,...",
+        help="what is not measured with a model or a cache dtype",
     )
     parser.add_argument(
         "--recent",
@@ -56,6 +60,10 @@ def arguments() -> argparse.Namespace:
         help="tokens of the rings that packed caches have; default: the engine's own",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine (default: 3)")
+    parser.add_argument(
+        "--long-rounds", type=int, help=f"in how many of them {', '.join(LONG)} are measured (default: all)"
+    )
+    parser.add_argument("--gpus", type=_gpus, default=[None], help="numbers of GPUs to share the engines among")
     parser.add_argument("--prompts", type=int, default=512, help=f"of {', '.join(LOADS)} (default: 512)")
     parser.add_argument(
         "--add",
@@ -66,6 +74,21 @@ def arguments() -> argparse.Namespace:
     running.add_arguments(parser, "vllm", "engine")
     parser.add_argument("--jobs", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _gpus(text: str) -> list[int]:
+    """Numbers of GPUs.
+
+    Raises:
+        argparse.ArgumentTypeError: they are no numbers, repeat, are not there, or are of different kinds.
+    """
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if len(set(numbers)) < len(numbers) or any(not 0 <= number < len(names) for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be different numbers below {len(names)}, got {text}")
+    if len({names[number] for number in numbers}) > 1:
+        raise argparse.ArgumentTypeError(f"must be alike, got {', '.join(names[number] for number in numbers)}")
+    return numbers
 
 
 def main() -> int:
@@ -84,6 +107,8 @@ def main() -> int:
             given.rounds,
             given.prompts,
             given.recent,
+            given.long_rounds,
+            backwards=given.gpus == [None],
         )
         check_plugin()
         path = given.out or RESULTS / f"vllm-{report.gpu_slug()}.json"
@@ -113,30 +138,36 @@ def measure_all(
         commit: of what is measured.
         given: the command line.
     """
-    deadline, count = time.monotonic() + given.seconds, 0
+    deadline, count, lock = time.monotonic() + given.seconds, 0, threading.Lock()
     again = [job.facts() for engines in todo for job in engines]
     failed[:] = [line for line in failed if {name: line[name] for name in again[0]} not in again]
 
     def take(line: Mapping[str, Any]) -> None:
         nonlocal count
-        if "error" in line:
-            count += 1
-            failed.append(dict(line))
-            print(f"{line['model']}, {line['kv_cache_dtype']}: {line['error']}", file=sys.stderr, flush=True)
-        else:
-            add_value(values, dict(line) | {"commit": commit})
-            print("{model}, {kv_cache_dtype}: {what}: {value:,.2f} {unit}".format_map(line), flush=True)
-        report.write(path, rows_of(values), commit, failed=failed, values=values)
+        with lock:
+            if "error" in line:
+                count += 1
+                failed.append(dict(line))
+                print(f"{line['model']}, {line['kv_cache_dtype']}: {line['error']}", file=sys.stderr, flush=True)
+            else:
+                add_value(values, dict(line) | {"commit": commit})
+                print("{model}, {kv_cache_dtype}: {what}: {value:,.2f} {unit}".format_map(line), flush=True)
+            report.write(path, rows_of(values), commit, failed=failed, values=values)
 
-    for engines in todo:
-        rest = list(engines)
-        while rest:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                for job in rest:
-                    take(job.facts() | {"error": "not begun: the time was up"})
-                break
-            rest = run(rest, left, take, given.log)
+    queue = Queue(todo)
+
+    def serve(gpu: int | None) -> None:
+        while rest := queue.next(gpu):
+            while rest:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    for job in rest:
+                        take(job.facts() | {"error": "not begun: the time was up"})
+                    break
+                rest = run(rest, left, take, given.log, gpu)
+
+    with ThreadPoolExecutor(len(given.gpus)) as pool:
+        list(pool.map(serve, given.gpus))
     return count
 
 
@@ -161,9 +192,20 @@ def check_plugin() -> None:
 
 
 def run(
-    engines: Sequence[Job], seconds: float, take: Callable[[Mapping[str, Any]], None], log: Path | None = None
+    engines: Sequence[Job],
+    seconds: float,
+    take: Callable[[Mapping[str, Any]], None],
+    log: Path | None = None,
+    gpu: int | None = None,
 ) -> list[Job]:
-    """Measures in a process of its own until an engine fails; `take` gets every figure and every failure as it comes.
+    """Measures in a process of its own until an engine fails.
+
+    Args:
+        engines: to measure.
+        seconds: after which the process is ended.
+        take: gets every figure and every failure as it comes.
+        log: a folder for what the engines print.
+        gpu: the one that alone is visible; None for those that this process sees.
 
     Returns:
         What is left to measure.
@@ -173,6 +215,10 @@ def run(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if gpu is not None:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
+    name = engines[0].model if gpu is None else f"{engines[0].model}-gpu{gpu}"
     progress = Progress(engines)
     with tempfile.TemporaryDirectory() as temporary:
         folder, deadline = log or Path(temporary), time.monotonic() + seconds
@@ -181,7 +227,7 @@ def run(
         out.touch()
         payload = json.dumps([asdict(job) for job in engines])
         command = [sys.executable, __file__, "--jobs", payload, "--out", str(out), "--seconds", str(seconds)]
-        with (folder / f"{engines[0].model}.log").open("a+") as output, out.open() as lines:
+        with (folder / f"{name}.log").open("a+") as output, out.open() as lines:
 
             def read() -> None:
                 for line in _whole_lines(lines):

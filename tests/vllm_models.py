@@ -64,6 +64,13 @@ SINKS = _COMMON | {
     "attention_bias": True, "intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7.0,
 }  # fmt: skip
 
+LOCAL_CHUNKS = _COMMON | {
+    "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "num_hidden_layers": 4, "head_dim": 128,
+    "intermediate_size_mlp": 1024, "attention_chunk_size": 256, "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e5,
+    "moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 1, "num_experts_per_tok": 1,
+    "use_qk_norm": True, "attn_temperature_tuning": True, "floor_scale": 512, "attn_scale": 0.1, "attention_bias": False,
+}  # fmt: skip
+
 LATENT = _COMMON | {
     "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 2, "num_key_value_heads": 4,
     "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

@@ -29,6 +29,21 @@ CACHES: dict[str, tuple[str | None, int, dict[str, Any]]] = {
 FLOORS = {"float16": 0.1, "bfloat16": 0.13}
 """Gaps of the two best logits below which rounding may change a token, whatever is read: a bf16 logit between 16 and 32 has steps
 of 0.125."""
+TIE = 0.1
+"""Gap of the two best logits below which a text may part from itself where an engine reads the same cache at another load."""
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "by 8": {"max_num_seqs": FEW},
+    "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}},
+    "compiled, by 8": {
+        "enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}, "max_num_seqs": FEW,
+    },
+    "n-gram drafts": {
+        "speculative_config": {
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
+        },
+    },
+}  # fmt: skip
+"""How else engines can write the texts of an eager engine that has all of them at once, with the same cache and other sums."""
 
 
 def written(
@@ -108,6 +123,40 @@ def _wide(differences: Differences, floor: float) -> int:
 
 def _largest(differences: Differences) -> float:
     return max((gap for _, gap in differences), default=0)
+
+
+def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, Differences]) -> str:
+    """Raises unless texts of a packed cache part from themselves at ties alone, and no more often than a 16-bit cache's do.
+
+    Args:
+        packed, sixteen_bit: where texts part, by how else they were written; as many texts of each.
+    """
+    counts = {
+        name: [f"{len(found)} (gap {_largest(found):.3f})" for found in (packed[name], sixteen_bit[name])]
+        for name in packed
+    }
+    text = "; ".join(f"{name}: {here}, 16 bits {there}" for name, (here, there) in counts.items())
+    for name, found in packed.items():
+        assert _largest(found) < TIE, f"{name}: texts part at a gap of {_largest(found):.3f}, {TIE} or more: {text}"
+        assert len(found) <= len(sixteen_bit[name]), f"{name}: more texts part than in 16 bits: {text}"
+    return f"texts that part from themselves, and the largest gap there: {text}"
+
+
+def same_text_at_other_loads() -> str:
+    """64 texts of a packed cache in engines that sum otherwise: they part from themselves at ties, as seldom as in 16 bits."""
+    texts, parted = prompts(TEXTS, TOKENS), {}
+    for cache_dtype in ("turboquant", "auto"):
+        written_by = {name: _by_engine(texts, cache_dtype, options) for name, options in {"": {}, **OTHERWISE}.items()}
+        usual = written_by.pop("")
+        parted[cache_dtype] = {name: first_differences(got, usual) for name, got in written_by.items()}
+    return as_sixteen_bit(parted["turboquant"], parted["auto"])
+
+
+def _by_engine(texts: list[Any], cache_dtype: str, options: Mapping[str, Any]) -> list[Text]:
+    with engine(
+        cache_dtype, **{"max_num_seqs": TEXTS, "max_num_batched_tokens": TEXTS * TOKENS} | dict(options)
+    ) as llm:
+        return generate(llm, texts)
 
 
 def same_text_as_reference() -> str:

@@ -55,8 +55,9 @@ from vllm_engines import (  # noqa: E402
     sensible,
     serving,
 )
-from vllm_reference import same_text_as_reference  # noqa: E402
+from vllm_reference import same_text_as_reference, same_text_at_other_loads  # noqa: E402
 from vllm_runner import Result, plug_in, run_beside  # noqa: E402
+from vllm_served import eval_of_servers  # noqa: E402
 
 ALONE = ("speed", "tensor_parallel")
 """Checks that want the GPU for themselves."""
@@ -235,6 +236,7 @@ for name, model in {
     "sliding": models.SLIDING,  # the full layers alone are packed
     "soft_caps": models.SOFT_CAP,
     "sinks": models.SINKS,
+    "local_chunks": models.LOCAL_CHUNKS,
     "mamba": models.MAMBA,
     "gated_delta": models.GATED_DELTA,
 }.items():
@@ -243,6 +245,8 @@ for name, model in {
 
 CHECKS["rings"] = fewer_regrets_with_rings
 CHECKS["same_text_as_reference"] = same_text_as_reference
+CHECKS["same_text_at_other_loads"] = same_text_at_other_loads
+CHECKS["eval_of_servers"] = eval_of_servers
 
 
 @check

@@ -72,7 +72,9 @@ def planned(model: dict[str, Any], cache_dtype: str = "turboquant", blocks: int 
 
 
 def packed_layers(plan: Planned) -> list[str]:
-    return [name for name in plan.specs if plan.backend(name).__name__.startswith("Packed_")]
+    from kvturbo.vllm.backend import PackedBackend
+
+    return [name for name in plan.specs if issubclass(plan.backend(name), PackedBackend)]
 
 
 @pytest.mark.parametrize("cache_dtype", cache_dtypes())
@@ -104,8 +106,9 @@ def test_a_token_of_qwen_7b_takes_its_bytes_and_nothing_else() -> None:
         (models.SLIDING, {}),
         (models.MAMBA, {}),
         (models.GATED_DELTA, {}),
+        (models.LOCAL_CHUNKS, {}),
     ],
-    ids=["dense", "block 64", "block 128", "skip layers", "sliding", "Mamba", "gated delta"],
+    ids=["dense", "block 64", "block 128", "skip layers", "sliding", "Mamba", "gated delta", "local chunks"],
 )
 def test_layers_get_whole_aligned_pages(
     model: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -156,8 +159,8 @@ def test_blocks_that_are_not_split_into_pages_are_refused() -> None:
 @pytest.mark.parametrize(
     "model, packed",
     [(models.SLIDING, 2), (models.SOFT_CAP, 2), (models.SINKS, 2), (models.MAMBA, 2), (models.GATED_DELTA, 1),
-     (models.HEAD_DIM_64, 4), (models.HEAD_DIM_256, 4)],
-    ids=["sliding", "soft cap", "sinks", "Mamba", "gated delta", "head_dim 64", "head_dim 256"],
+     (models.HEAD_DIM_64, 4), (models.HEAD_DIM_256, 4), (models.LOCAL_CHUNKS, 4)],
+    ids=["sliding", "soft cap", "sinks", "Mamba", "gated delta", "head_dim 64", "head_dim 256", "local chunks"],
 )  # fmt: skip
 def test_random_weights_are_made_loud_and_packed_layers_can_be_silenced(model: dict[str, Any], packed: int) -> None:
     from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kvturbo[hf]'")
 
 from vllm_engines import MODEL, first_differences, prompts, same_text
-from vllm_reference import FLOORS, as_rounding, written
+from vllm_reference import FLOORS, TIE, as_rounding, as_sixteen_bit, written
 
 
 @pytest.mark.parametrize("fmt", [None, "k4v4"])
@@ -45,6 +45,16 @@ def test_paths_part_no_wider_and_no_more_often_than_by_rounding() -> None:
         as_rounding(rounding, {"a": [], "b": [(5, 0.01)] * 11}, 0.1)
     with pytest.raises(AssertionError, match=r"a: first tokens differ at gaps \[0.11\], above 0.1"):
         as_rounding(rounding, {"a": [(0, 0.11)]}, 0.1)
+
+
+def test_a_packed_cache_parts_from_itself_at_ties_alone_and_no_more_often_than_16_bits() -> None:
+    sixteen = {"by 8": [(3, 0.3), (9, 0.01)]}
+    text = as_sixteen_bit({"by 8": [(5, 0.09)] * 2}, sixteen)
+    assert text.endswith("by 8: 2 (gap 0.090), 16 bits 2 (gap 0.300)")
+    with pytest.raises(AssertionError, match=r"by 8: more texts part than in 16 bits: .*by 8: 3 "):
+        as_sixteen_bit({"by 8": [(5, 0.09)] * 3}, sixteen)
+    with pytest.raises(AssertionError, match=r"by 8: texts part at a gap of 0.100, 0.1 or more"):
+        as_sixteen_bit({"by 8": [(5, TIE)]}, sixteen)
 
 
 def test_the_same_text_is_the_same_to_the_last_token() -> None:

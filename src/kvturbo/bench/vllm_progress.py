@@ -1,12 +1,46 @@
-"""How far a run of benchmarks/vllm_serving.py has come: what is left when an engine fails, and which figures new ones replace."""
+"""How far a run of benchmarks/vllm_serving.py has come: what waits for which GPU, what is left when an engine fails, and which
+figures new ones replace.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kvturbo.bench.vllm_rows import Job
+
+
+class Queue:
+    """Engines that wait for a GPU, for the threads that serve one each.
+
+    Args:
+        todo: the engines of every round of every model.
+    """
+
+    def __init__(self, todo: Sequence[Sequence[Job]]) -> None:
+        self._todo = [list(engines) for engines in todo if engines]
+        self._served: dict[int, set[tuple[str, str]]] = defaultdict(set)
+        self._lock = threading.Lock()
+
+    def next(self, gpu: int | None = None) -> list[Job]:
+        """The engines of the next process, none if none is left: all of the next round, or for one of several GPUs one of the next
+        round's, of a cache dtype that this GPU has not served yet if there is one: then rounds are measured on different GPUs.
+        """
+        with self._lock:
+            if not self._todo:
+                return []
+            if gpu is None:
+                return self._todo.pop(0)
+            served, engines = self._served[gpu], self._todo[0]
+            new = (job for job in engines if (job.model, job.cache_dtype) not in served)
+            job = next(new, engines[0])
+            engines.remove(job)
+            self._todo = [left for left in self._todo if left]
+            served.add((job.model, job.cache_dtype))
+            return [job]
 
 
 @dataclass

@@ -84,6 +84,8 @@ MEASURES = (
     *LOADS,
 )
 """What can be measured, in order; `start` is the cache's capacity and the graphs' memory."""
+LONG = ("memory", *LOADS)
+"""What takes minutes, or is the same every time."""
 
 
 @dataclass(frozen=True)
@@ -125,39 +127,47 @@ def jobs(
     rounds: int = 1,
     prompts: int = 512,
     recent: int | None = None,
+    long_rounds: int | None = None,
+    backwards: bool = True,
 ) -> list[list[Job]]:
-    """The engines of every process, one process per model and round; every other round runs backwards, so that drift hits all
-    cache dtypes alike.
+    """The engines of every process, one process per model and round.
 
     Args:
         models, cache_dtypes, measures: names.
-        without: measures that are left out, by cache dtype.
+        without: measures that are left out, by model or cache dtype.
         rounds: how often.
         prompts: of every throughput.
         recent: tokens of a ring in packed caches; None for what the engine has untold.
+        long_rounds: in how many of the rounds, the first ones, LONG is measured too; None for all.
+        backwards: whether every other round runs backwards, so that drift hits all cache dtypes alike.
 
     Raises:
         ValueError: a name is unknown, or rounds is below 1.
     """
-    left_out = [name for names in without.values() for name in names]
-    for what, names, known in (
-        ("model", models, MODELS),
-        ("cache dtype", (*cache_dtypes, *without), CACHE_DTYPES),
-        ("measure", (*measures, *left_out), MEASURES),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    if not (models and cache_dtypes and measures):
+        raise ValueError(f"nothing to measure: models {models}, cache dtypes {cache_dtypes}, measures {measures}")
+    _check_names("model", models, MODELS)
+    _check_names("cache dtype", cache_dtypes, CACHE_DTYPES)
+    _check_names("what something is left out of", without, (*MODELS, *CACHE_DTYPES))
+    _check_names("measure", (*measures, *(name for names in without.values() for name in names)), MEASURES)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
 
-    def job(model: str, cache_dtype: str) -> Job:
-        kept = (name for name in MEASURES if name in measures and name not in without.get(cache_dtype, ()))
+    def job(model: str, cache_dtype: str, number: int) -> Job:
+        short = LONG if long_rounds is not None and number >= long_rounds else ()
+        out = {*without.get(model, ()), *without.get(cache_dtype, ()), *short}
+        kept = (name for name in MEASURES if name in measures and name not in out)
         [size] = vllm_recent.asked(cache_dtype, [recent])
         return Job(model, cache_dtype, tuple(kept), prompts, size)
 
-    orders = [cache_dtypes, tuple(reversed(cache_dtypes))]
-    return [[job(model, name) for name in orders[number % 2]] for number in range(rounds) for model in models]
+    orders = [cache_dtypes, tuple(reversed(cache_dtypes)) if backwards else cache_dtypes]
+    every = ([job(model, name, number) for name in orders[number % 2]] for number in range(rounds) for model in models)
+    return [[engine for engine in engines if engine.measures] for engines in every]
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
 
 
 def rows_of(values: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
