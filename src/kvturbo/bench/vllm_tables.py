@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from kvturbo.bench.vllm_rows import BASELINES
+from kvturbo.bench.vllm_rows import BASELINES, LOADS, MODELS
 from kvturbo.eval.report import markdown_table, not_measured
 
 Report = dict[str, Any]
@@ -20,6 +20,11 @@ OURS = "turboquant"
 SMALLER_IS_BETTER = ("ms", "GiB")
 OTHER_RUN = " ¹"
 """Marks figures of another commit than those that `turboquant` is compared with."""
+ORDER = (
+    "capacity", "graph pool", "8 sequences", "first token,", "first tokens", "decode step", "memory of",
+    *(load.name.partition(",")[2] for load in LOADS.values()),
+)  # fmt: skip
+"""How the names of rows begin, or go on behind the number of prompts, in the order of the table."""
 BRIEF = ("capacity", "8 sequences", "decode step", "first token")
 """How the names of the README's rows begin, beside those of throughputs."""
 
@@ -64,8 +69,7 @@ def serving(report: Report) -> str:
     rows = report["rows"]
     if not rows:
         return not_measured(SERVING_SCRIPT)
-    caches = list(dict.fromkeys(_cache(row) for row in rows))
-    caches.sort(key=lambda cache: list(NAMES).index(cache[0]) if cache[0] in NAMES else len(NAMES))
+    caches = sorted(dict.fromkeys(_cache(row) for row in rows), key=_column)
     ours = max((cache for cache in caches if cache[0] == OURS), key=lambda cache: cache[1] or 0, default=(OURS, None))
     header = (
         "model",
@@ -74,16 +78,26 @@ def serving(report: Report) -> str:
         *(f"over {NAMES[name]}" for name in BASELINES.values()),
     )
     cells = []
-    measured = dict.fromkeys((row["model"], row["what"]) for row in rows)
-    models = [model for model, _ in measured]
-    # What was added later stands with its model.
-    for model, what in sorted(measured, key=lambda pair: models.index(pair[0])):
+    # Engines that run at once give their figures in any order.
+    for model, what in sorted(dict.fromkeys((row["model"], row["what"]) for row in rows), key=_line):
         found = {_cache(row): row for row in rows if (row["model"], row["what"]) == (model, what)}
         times = (_better(found.get(ours), name) for name in BASELINES)
         commits = {found[cache]["commit"] for cache in (ours, *((name, None) for name in NAMES)) if cache in found}
         here = (_value(found.get(cache), commits) for cache in caches)
         cells.append((model, what, *here, *times))
     return markdown_table(header, cells)
+
+
+def _column(cache: Cache) -> tuple[int, bool]:
+    """Baselines, `turboquant`, other formats of kvturbo, and others, in the order in which they come."""
+    first = (*NAMES, OURS)
+    return first.index(cache[0]) if cache[0] in first else len(first), not cache[0].startswith("kvturbo")
+
+
+def _line(measured: tuple[str, str]) -> tuple[int, int]:
+    model, what = measured
+    place = (i for i, text in enumerate(ORDER) if what.startswith(text) or what.endswith(text))
+    return list(MODELS).index(model), next(place, len(ORDER))
 
 
 def _cache(row: Row) -> Cache:
