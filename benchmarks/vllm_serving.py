@@ -142,9 +142,13 @@ def measure_all(
     again = [job.facts() for engines in todo for job in engines]
     failed[:] = [line for line in failed if {name: line[name] for name in again[0]} not in again]
 
+    queue = Queue(todo)
+
     def take(line: Mapping[str, Any]) -> None:
         nonlocal count
         with lock:
+            if queue.closed:
+                return
             if "error" in line:
                 count += 1
                 failed.append(dict(line))
@@ -154,11 +158,9 @@ def measure_all(
                 print("{model}, {kv_cache_dtype}: {what}: {value:,.2f} {unit}".format_map(line), flush=True)
             report.write(path, rows_of(values), commit, failed=failed, values=values)
 
-    queue = Queue(todo)
-
     def serve(gpu: int | None) -> None:
         while rest := queue.next(gpu):
-            while rest:
+            while rest and not queue.closed:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     for job in rest:
@@ -167,7 +169,11 @@ def measure_all(
                 rest = run(rest, left, take, given.log, gpu)
 
     with ThreadPoolExecutor(len(given.gpus)) as pool:
-        list(pool.map(serve, given.gpus))
+        try:
+            list(pool.map(serve, given.gpus))
+        except BaseException:  # an interruption comes to this thread alone
+            queue.close()
+            raise
     return count
 
 

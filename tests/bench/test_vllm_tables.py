@@ -7,7 +7,7 @@ from typing import Any
 from bench_reports import FACTS
 from kvturbo.bench.vllm_retrieval import Job
 from kvturbo.bench.vllm_retrieval import rows_of as retrieval_rows
-from kvturbo.bench.vllm_rows import rows_of
+from kvturbo.bench.vllm_rows import MODELS, rows_of
 from kvturbo.bench.vllm_tables import SERVING_SCRIPT, brief, conditions, recent, retrieval, serving
 from kvturbo.eval.report import not_measured
 
@@ -35,6 +35,30 @@ def test_more_tokens_and_less_time_are_better() -> None:
     )
     assert capacity.endswith("| 1,000 tokens | 2,000 tokens | 3,880 tokens | 3,400 tokens | 3.88x | 1.94x |")
     assert step.endswith("| 6.00 ms | 5.00 ms | 4.00 ms | 4.50 ms | 1.50x | 1.25x |")
+
+
+def test_lines_and_columns_have_an_order_of_their_own() -> None:
+    whats = [
+        "512 prompts, 3000 in, 500 out, 64 concurrent",
+        "decode step 32 x 16384",
+        "decode step 8 x 8192",
+        "capacity",
+    ]
+    names = ["turboquant_4bit_nc", "kvturbo_k4v4-o16", "turboquant", "fp8", "auto"]
+    found = [
+        value(name, what, 1, "ms") | {"model": model}
+        for model in ("gone", *reversed(MODELS))
+        for what in whats
+        for name in names
+    ]
+    header, _, *lines = serving(report(*found)).splitlines()
+    assert header.startswith(
+        "| model | what | 16 bits | `fp8` | `turboquant` | `kvturbo_k4v4-o16` | `turboquant_4bit_nc` |"
+    )
+    order = [whats[3], whats[2], whats[1], whats[0]]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        [f"| {model}", what] for model in (*MODELS, "gone") for what in order
+    ]
 
 
 def test_the_brief_table_leaves_out_memory_and_says_how_it_was_measured() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from bench_scripts import load_script
 from kvturbo.bench import vllm_rows
-from kvturbo.bench.vllm_progress import Progress, Queue, add_value
+from kvturbo.bench.vllm_progress import Progress, add_value
 from kvturbo.bench.vllm_rows import CACHE_DTYPES, LOADS, MEASURES, MODELS, Job, jobs, rows_of
 from kvturbo.vllm import rings
 
@@ -49,6 +49,7 @@ def test_measures_keep_their_order_and_can_be_left_out() -> None:
         ),
         ((["qwen2.5-7b"], ["auto"], ["start"], {"auto": ["x"]}), "measure must be among start, .*got x"),
         ((["qwen2.5-7b"], [], ["start"]), r"nothing to measure: .* cache dtypes \[\], "),
+        ((["qwen2.5-7b"], ["auto"], ["start"], {"auto": ["start"]}), "nothing to measure: "),
         ((["qwen2.5-7b"], ["auto"], ["start"], {}, 0), "rounds must be at least 1, got 0"),
     ],
 )
@@ -287,43 +288,6 @@ def test_engines_that_are_not_begun_when_the_time_is_up_are_named(
         ("auto", "not begun: the time was up"),
         ("fp8", "not begun: the time was up"),
     ]
-
-
-def test_several_gpus_share_the_engines_and_rounds_are_on_different_ones() -> None:
-    names = ["auto", "fp8", "turboquant"]
-    queue = Queue(jobs(["qwen2.5-7b"], names, ["start"], rounds=2, backwards=False))
-    found = [queue.next(gpu) for gpu in (0, 1, 0, 0, 1, 1, 0)]
-    assert [[job.cache_dtype for job in engines] for engines in found] == [
-        ["auto"], ["fp8"], ["turboquant"], ["fp8"], ["auto"], ["turboquant"], [],
-    ]  # fmt: skip
-    whole = Queue(jobs(["qwen2.5-7b"], names, ["start"], rounds=2))
-    assert [[job.cache_dtype for job in whole.next()] for _ in range(3)] == [names, names[::-1], []]
-
-
-def test_a_process_sees_the_gpu_that_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, fake = load_script("vllm_serving"), tmp_path / "fake.py"
-    fake.write_text("import os\nprint('sees', os.environ['CUDA_VISIBLE_DEVICES'])\nraise SystemExit(1)\n")
-    monkeypatch.setattr(script, "__file__", str(fake))
-    for visible, seen in (("4,6,7", "sees 6"), ("", "sees 1")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        taken: list[Any] = []
-        script.run([Job("qwen2.5-7b", "auto")], 60, taken.append, tmp_path, gpu=1)
-        assert seen in taken[0]["error"] and (tmp_path / "qwen2.5-7b-gpu1.log").exists()
-
-
-def test_gpus_are_different_alike_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, names = load_script("vllm_serving"), ["NVIDIA H200", "NVIDIA H200", "NVIDIA H100"]
-    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: len(names))
-    monkeypatch.setattr(script.torch.cuda, "get_device_name", lambda number: names[number])
-    assert script._gpus("1,0") == [1, 0]
-    for text, message in (("0,0", "below 3, got 0,0"), ("3", "below 3, got 3"), ("a", "got a"), ("0,2", "alike, got")):
-        with pytest.raises(script.argparse.ArgumentTypeError, match=message):
-            script._gpus(text)
-
-
-def test_what_takes_long_is_measured_in_the_first_rounds() -> None:
-    found = jobs(["qwen2.5-7b"], ["auto"], ["burst", "memory", "throughput"], rounds=3, long_rounds=1)
-    assert [job.measures for [job] in found] == [("burst", "memory", "throughput"), ("burst",), ("burst",)]
 
 
 def test_graph_sizes_are_read_from_the_log_whatever_its_handlers_are() -> None:

@@ -18,12 +18,21 @@ class Queue:
 
     Args:
         todo: the engines of every round of every model.
+
+    Attributes:
+        closed: whether what is at work is not to go on either.
     """
 
     def __init__(self, todo: Sequence[Sequence[Job]]) -> None:
         self._todo = [list(engines) for engines in todo if engines]
         self._served: dict[int, set[tuple[str, str]]] = defaultdict(set)
         self._lock = threading.Lock()
+        self.closed = False
+
+    def close(self) -> None:
+        """Leaves nothing to do."""
+        with self._lock:
+            self.closed, self._todo = True, []
 
     def next(self, gpu: int | None = None) -> list[Job]:
         """The engines of the next process, none if none is left: all of the next round, or for one of several GPUs one of the next

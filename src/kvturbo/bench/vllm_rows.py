@@ -142,10 +142,8 @@ def jobs(
         backwards: whether every other round runs backwards, so that drift hits all cache dtypes alike.
 
     Raises:
-        ValueError: a name is unknown, or rounds is below 1.
+        ValueError: a name is unknown, rounds is below 1, or nothing is left to measure.
     """
-    if not (models and cache_dtypes and measures):
-        raise ValueError(f"nothing to measure: models {models}, cache dtypes {cache_dtypes}, measures {measures}")
     _check_names("model", models, MODELS)
     _check_names("cache dtype", cache_dtypes, CACHE_DTYPES)
     _check_names("what something is left out of", without, (*MODELS, *CACHE_DTYPES))
@@ -161,8 +159,14 @@ def jobs(
         return Job(model, cache_dtype, tuple(kept), prompts, size)
 
     orders = [cache_dtypes, tuple(reversed(cache_dtypes)) if backwards else cache_dtypes]
-    every = ([job(model, name, number) for name in orders[number % 2]] for number in range(rounds) for model in models)
-    return [[engine for engine in engines if engine.measures] for engines in every]
+    every = [
+        [engine for name in orders[number % 2] if (engine := job(model, name, number)).measures]
+        for number in range(rounds)
+        for model in models
+    ]
+    if not any(every):
+        raise ValueError(f"nothing to measure: models {models}, cache dtypes {cache_dtypes}, measures {measures}")
+    return every
 
 
 def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from kvturbo.bench.vllm_rows import BASELINES, LOADS, MODELS
+from kvturbo.bench.vllm_rows import BASELINES, LENGTHS, LOADS, MODELS, STEPS
 from kvturbo.eval.report import markdown_table, not_measured
 
 Report = dict[str, Any]
@@ -21,7 +21,9 @@ SMALLER_IS_BETTER = ("ms", "GiB")
 OTHER_RUN = " ¹"
 """Marks figures of another commit than those that `turboquant` is compared with."""
 ORDER = (
-    "capacity", "graph pool", "8 sequences", "first token,", "first tokens", "decode step", "memory of",
+    "capacity", "graph pool", "8 sequences", "first token,", "first tokens",
+    *(f"decode step {batch} x {tokens}" for batch, tokens in STEPS),
+    *(f"memory of a prompt of {tokens}" for tokens in LENGTHS),
     *(load.name.partition(",")[2] for load in LOADS.values()),
 )  # fmt: skip
 """How the names of rows begin, or go on behind the number of prompts, in the order of the table."""
@@ -97,7 +99,8 @@ def _column(cache: Cache) -> tuple[int, bool]:
 def _line(measured: tuple[str, str]) -> tuple[int, int]:
     model, what = measured
     place = (i for i, text in enumerate(ORDER) if what.startswith(text) or what.endswith(text))
-    return list(MODELS).index(model), next(place, len(ORDER))
+    models = [*MODELS, model]  # a file may have one that is not measured any more
+    return models.index(model), next(place, len(ORDER))
 
 
 def _cache(row: Row) -> Cache:
