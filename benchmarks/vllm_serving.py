@@ -141,7 +141,6 @@ def measure_all(
     deadline, count, lock = time.monotonic() + given.seconds, 0, threading.Lock()
     again = [job.facts() for engines in todo for job in engines]
     failed[:] = [line for line in failed if {name: line[name] for name in again[0]} not in again]
-
     queue = Queue(todo)
 
     def take(line: Mapping[str, Any]) -> None:
@@ -216,14 +215,6 @@ def run(
     Returns:
         What is left to measure.
     """
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if gpu is not None:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
     name = engines[0].model if gpu is None else f"{engines[0].model}-gpu{gpu}"
     progress = Progress(engines)
     with tempfile.TemporaryDirectory() as temporary:
@@ -240,7 +231,7 @@ def run(
                     if progress.note(line):
                         take(line)
 
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=_environment(gpu), stdout=output, stderr=subprocess.STDOUT)
             while process.poll() is None and time.monotonic() < deadline:
                 read()
                 time.sleep(POLL_SECONDS)
@@ -256,6 +247,14 @@ def run(
                 progress.note(line)
                 take(line)
     return progress.rest()
+
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if gpu is not None:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
+    return os.environ | own
 
 
 def _whole_lines(file: Any) -> Iterator[dict[str, Any]]:
