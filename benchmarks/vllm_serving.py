@@ -159,13 +159,10 @@ def measure_all(
 
     def serve(gpu: int | None) -> None:
         while rest := queue.next(gpu):
-            while rest and not queue.closed:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    for job in rest:
-                        take(job.facts() | {"error": "not begun: the time was up"})
-                    break
+            while rest and not queue.closed and (left := deadline - time.monotonic()) > 0:
                 rest = run(rest, left, take, given.log, gpu)
+            for job in rest:
+                take(job.facts() | {"error": "not begun: the time was up"})
 
     with ThreadPoolExecutor(len(given.gpus)) as pool:
         try:

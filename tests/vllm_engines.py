@@ -28,6 +28,11 @@ SINK = 6.0
 CACHE_BYTES = 2 << 30
 """Fixed, because vLLM can't measure how much is free while other engines start and end on the same GPU."""
 
+MEMORY_FLAGS = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(CACHE_BYTES))
+"""The same of a server."""
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+"""Drafts from the text itself."""
+
 Text = tuple[list[int], list[float]]
 """Greedy tokens, and the gap between the two best logits at each."""
 Differences = list[tuple[int, float]]

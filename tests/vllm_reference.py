@@ -10,6 +10,7 @@ import torch
 from vllm_engines import (
     MODEL,
     NEW_TOKENS,
+    NGRAM,
     NO_RINGS,
     Differences,
     Text,
@@ -31,18 +32,13 @@ FLOORS = {"float16": 0.1, "bfloat16": 0.13}
 of 0.125."""
 TIE = 0.1
 """Gap of the two best logits below which a text may part from itself where an engine reads the same cache at another load."""
+_COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, FEW, TEXTS]}}
 OTHERWISE: dict[str, dict[str, Any]] = {
     "by 8": {"max_num_seqs": FEW},
-    "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}},
-    "compiled, by 8": {
-        "enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}, "max_num_seqs": FEW,
-    },
-    "n-gram drafts": {
-        "speculative_config": {
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
-        },
-    },
-}  # fmt: skip
+    "compiled": _COMPILED,
+    "compiled, by 8": _COMPILED | {"max_num_seqs": FEW},
+    "n-gram drafts": {"speculative_config": NGRAM},
+}
 """How else engines can write the texts of an eager engine that has all of them at once, with the same cache and other sums."""
 
 
@@ -95,9 +91,7 @@ def as_rounding(rounding: Differences, paths: Mapping[str, Differences], floor: 
         paths: where others do, by what is compared, of as many texts.
         floor: gap of the two best logits below which any token may differ.
     """
-    lines = [
-        f"{name} {len(found)} (gap {_largest(found):.3f})" for name, found in {"rounding": rounding, **paths}.items()
-    ]
+    lines = [f"{name} {_told(found)}" for name, found in {"rounding": rounding, **paths}.items()]
     text = f"texts that part, and the largest gap there: {', '.join(lines)}"
     bound = max(floor, 2 * _largest(rounding))
     usual = _wide(rounding, floor)
@@ -121,6 +115,10 @@ def _wide(differences: Differences, floor: float) -> int:
     return sum(gap > floor for _, gap in differences)
 
 
+def _told(differences: Differences) -> str:
+    return f"{len(differences)} (gap {_largest(differences):.3f})"
+
+
 def _largest(differences: Differences) -> float:
     return max((gap for _, gap in differences), default=0)
 
@@ -132,11 +130,8 @@ def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, 
     Args:
         packed, sixteen_bit: where texts part, by how else they were written; as many texts of each.
     """
-    counts = {
-        name: [f"{len(found)} (gap {_largest(found):.3f})" for found in (packed[name], sixteen_bit[name])]
-        for name in packed
-    }
-    text = "; ".join(f"{name}: {here}, 16 bits {there}" for name, (here, there) in counts.items())
+    lines = [f"{name}: {_told(found)}, 16 bits {_told(sixteen_bit[name])}" for name, found in packed.items()]
+    text = "; ".join(lines)
     for name, found in packed.items():
         assert _largest(found) < TIE, f"{name}: texts part at a gap of {_largest(found):.3f}, {TIE} or more: {text}"
         assert _as_seldom(len(found), len(sixteen_bit[name])), f"{name}: more texts part than in 16 bits: {text}"
@@ -147,16 +142,17 @@ def same_text_at_other_loads() -> str:
     """64 texts of a packed cache in engines that sum otherwise: they part from themselves at ties, as seldom as in 16 bits."""
     texts, parted = prompts(TEXTS, TOKENS), {}
     for cache_dtype in ("turboquant", "auto"):
-        written_by = {name: _by_engine(texts, cache_dtype, options) for name, options in {"": {}, **OTHERWISE}.items()}
-        usual = written_by.pop("")
-        parted[cache_dtype] = {name: first_differences(got, usual) for name, got in written_by.items()}
+        usual = _by_engine(texts, cache_dtype=cache_dtype)
+        parted[cache_dtype] = {
+            name: first_differences(_by_engine(texts, cache_dtype=cache_dtype, **options), usual)
+            for name, options in OTHERWISE.items()
+        }
     return as_sixteen_bit(parted["turboquant"], parted["auto"])
 
 
-def _by_engine(texts: list[Any], cache_dtype: str, options: Mapping[str, Any]) -> list[Text]:
-    with engine(
-        cache_dtype, **{"max_num_seqs": TEXTS, "max_num_batched_tokens": TEXTS * TOKENS} | dict(options)
-    ) as llm:
+def _by_engine(texts: list[Any], **options: Any) -> list[Text]:
+    """What an engine writes that has all texts at once and reads prompts whole, but for its options."""
+    with engine(**{"max_num_seqs": TEXTS, "max_num_batched_tokens": TEXTS * TOKENS} | options) as llm:
         return generate(llm, texts)
 
 
@@ -178,12 +174,8 @@ def same_text_as_reference() -> str:
 
 def _beside_reference(dtype: str, floor: float, name: str, texts: list[Any], exact: list[Text]) -> str:
     fmt, recent, cache = CACHES[name]
-
-    def by(at_once: int) -> list[Text]:
-        options = {"dtype": dtype, "max_num_seqs": at_once, "max_num_batched_tokens": TEXTS * TOKENS}
-        with engine(**cache, **options) as llm:
-            return generate(llm, texts)
-
-    reference, got = written(texts, fmt, dtype, recent=recent), by(TEXTS)
-    paths = {"beside transformers": first_differences(got, reference), "by 8": first_differences(by(FEW), got)}
+    cache = cache | {"dtype": dtype}
+    reference, got = written(texts, fmt, dtype, recent=recent), _by_engine(texts, **cache)
+    few = _by_engine(texts, **cache, max_num_seqs=FEW)
+    paths = {"beside transformers": first_differences(got, reference), "by 8": first_differences(few, got)}
     return as_rounding(first_differences(reference, exact), paths, floor)

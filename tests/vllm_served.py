@@ -8,12 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vllm_engines import CACHE_BYTES, MODEL, serving
+from vllm_engines import MEMORY_FLAGS, MODEL, serving
 
 CHUNK, PORT = 256, 8741
 FLAGS = (
     "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", str(CHUNK), "--no-enable-prefix-caching", "--enforce-eager",
-    "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(CACHE_BYTES),
+    *MEMORY_FLAGS,
 )  # fmt: skip
 TASKS = {
     "text": {"texts": 4, "prefix": 2048, "scored": 512},

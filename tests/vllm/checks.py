@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import vllm_models as models  # noqa: E402 (tests/ is not on the path of a script)
 from vllm_engines import (  # noqa: E402
-    CACHE_BYTES,
     CHUNK,
+    MEMORY_FLAGS,
     MODEL,
+    NGRAM,
     NO_RINGS,
     PROMPT_TOKENS,
     Text,
@@ -143,8 +144,7 @@ def prefix_hit() -> str:
 def ngram() -> str:
     """n-gram speculation with graphs: 1 + 3 tokens are verified at once. With rings, drafts say how many tokens are raw."""
     config = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8, 16, 32]}
-    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    options = {"speculative_config": draft, "compilation_config": config, "enforce_eager": False}
+    options = {"speculative_config": NGRAM, "compilation_config": config, "enforce_eager": False}
     with engine(max_num_batched_tokens=8192, **options) as llm:
         got = generate(llm, prompts())
     with engine(max_num_batched_tokens=8192, **options, **NO_RINGS) as llm:
@@ -286,8 +286,7 @@ def processes() -> str:
 @check
 def server() -> str:
     """`vllm serve MODEL --kv-cache-dtype turboquant`, asked for the same texts at once."""
-    memory = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-model-len", "4096")
-    with serving("--kv-cache-dtype", "turboquant", *memory) as ask:
+    with serving("--kv-cache-dtype", "turboquant", *MEMORY_FLAGS, "--max-model-len", "4096") as ask:
         got = ask(prompts())
     return sensible([(tokens, []) for tokens in got])
 
