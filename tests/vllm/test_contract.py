@@ -327,11 +327,11 @@ def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_
 
     starts = torch.tensor([0, 514, 614], dtype=torch.int32)  # 513 and 99 tokens, and the sampled one of each
     common = SimpleNamespace(
-        query_start_loc=starts, query_start_loc_cpu=starts, num_reqs=2, block_table_tensor=torch.zeros(2, 40),
+        query_start_loc=starts, query_start_loc_cpu=starts, num_reqs=2, block_table_tensor=torch.arange(80).view(2, 40),
         seq_lens_cpu_upper_bound=torch.tensor([1025, 99]),
     )  # fmt: skip
-    rows = _prompt_rows(common, 0, 0, torch.device("cpu"), 1)  # type: ignore[arg-type]
-    assert [(piece.sequence, piece.start, piece.stop) for piece in rows.pieces] == [(0, 0, 512)]
+    [piece] = _prompt_rows(common, 0, 0, 32, 1).pieces  # type: ignore[arg-type]
+    assert piece.table.tolist() == [list(range(40))] and (piece.start, piece.stop) == (0, 512)
 
 
 def test_the_line_at_the_start_names_what_is_packed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,28 +13,13 @@ from torch import Tensor
 
 from kvturbo import KVFormat
 from kvturbo.rotation import rotate
-from kvturbo.vllm import prefill
+from kvturbo.vllm import pieces, prefill
+from kvturbo.vllm.pieces import PrefixPiece, pieces_of
 from support import attention_oracle, batch_of, relative_error
 from vllm_dense import flash, merge
 
-ROWS, PIECE = 20, 48
+ROWS, PIECE, PAGE = 20, 48, 16
 SCALE = 128**-0.5
-
-
-def _spans(sequence: int, row: int, count: int, prefix: int) -> list[SimpleNamespace]:
-    """The pieces that `kvturbo.vllm.metadata` makes, by a loop of their own."""
-    pieces = []
-    for a in range(row, row + count, ROWS):
-        b = min(a + ROWS, row + count)
-        for start in range(0, prefix, PIECE):
-            stop = min(start + PIECE, prefix)
-            bounds = torch.tensor([[0, b - a], [0, stop - start]], dtype=torch.int32)
-            pieces.append(
-                SimpleNamespace(
-                    first=a, last=b, sequence=sequence, start=start, stop=stop, bounds=bounds, ends=stop == prefix
-                )
-            )
-    return pieces
 
 
 def _attend(fmt: KVFormat, prefixes: list[int], counts: list[int], dtype: torch.dtype, soft_cap: float | None) -> Any:
@@ -41,15 +28,11 @@ def _attend(fmt: KVFormat, prefixes: list[int], counts: list[int], dtype: torch.
     total = sum(counts)
     q = torch.randn(total, 4, fmt.head_dim, generator=generator).to(dtype)
     k, v = (torch.randn(total, 2, fmt.head_dim, generator=generator).to(dtype) for _ in range(2))
-    starts, pieces = [0], []
-    for i, (prefix, count) in enumerate(zip(prefixes, counts, strict=True)):
-        pieces += _spans(i, starts[-1], count, prefix)
-        starts.append(starts[-1] + count)
+    starts = [0, *accumulate(counts)]
     rows = SimpleNamespace(
         starts=torch.tensor(starts, dtype=torch.int32),
         longest=max(counts),
-        block_table=batch.block_table,
-        pieces=pieces,
+        pieces=pieces_of(starts, prefixes, batch.block_table, PAGE),
     )
     shapes = prefill.Shapes(4, 2, fmt.head_dim, dtype)
     workspace = prefill.dense_workspace(shapes, torch.device("cpu"))
@@ -76,21 +59,85 @@ def _oracle(q: Tensor, k: Tensor, v: Tensor, batch: Any, counts: list[int], soft
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "ROWS_AT_ONCE", ROWS)
-    monkeypatch.setattr(prefill, "PIECE_TOKENS", PIECE)
+    for module in (pieces, prefill):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", ROWS)
+        monkeypatch.setattr(module, "PIECE_TOKENS", PIECE)
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k3v2", "k4v4-o16", "lite4", "k8v4"])
 @pytest.mark.parametrize(
     "prefixes, counts",
-    [([0], [7]), ([48], [20]), ([100], [33]), ([0, 97, 1], [5, 41, 3])],
-    ids=["first chunk", "whole pieces", "ragged", "several"],
+    [
+        ([0], [7]),
+        ([48], [20]),
+        ([100], [33]),
+        ([0, 97, 1], [5, 41, 3]),
+        ([16, 32], [3, 4]),
+        ([32, 0, 16, 9, 96, 16, 32, 7], [9, 2, 5, 12, 30, 6, 1, 3]),
+    ],
+    ids=["first chunk", "whole pieces", "ragged", "several", "together", "together and apart"],
 )
 def test_chunks_see_their_prefix_and_themselves(name: str, prefixes: list[int], counts: list[int]) -> None:
     """fp32: what remains are sums in another order (1e-5)."""
     out, lse, wanted, sums = _attend(KVFormat.from_name(name, 128), prefixes, counts, torch.float32, None)
     assert relative_error(out, wanted) < 1e-5
     assert relative_error(lse, sums) < 1e-5
+
+
+def _planned(prefixes: list[int], counts: list[int]) -> list[PrefixPiece]:
+    """Pieces whose tables tell sequence and page: page p of sequence s is 1000 s + p."""
+    table = 1000 * torch.arange(len(prefixes))[:, None] + torch.arange(max(prefixes) // PAGE + 1)
+    return pieces_of([0, *accumulate(counts)], prefixes, table.int(), PAGE)
+
+
+def test_prefixes_of_neighbours_that_fit_are_attended_together() -> None:
+    [piece] = _planned([16, 16, 9], [3, 4, 5])
+    assert (piece.first, piece.last, piece.start, piece.stop, piece.ends) == (0, 12, 0, 41, True)
+    assert piece.table.tolist() == [[0, 1000, 2000]] and piece.longest == (5, 16)
+    assert [bounds.tolist() for bounds in piece.bounds] == [[0, 3, 7, 12], [0, 16, 32, 41]]
+
+
+@pytest.mark.parametrize(
+    "prefixes, counts, why",
+    [
+        ([9, 16], [1, 1], "the first ends within a page"),
+        ([32, 32], [1, 1], "too many keys"),
+        ([16, 16], [15, 15], "too many rows"),
+        ([16, 0, 16], [1, 1, 1], "rows without a prefix in between"),
+    ],
+)
+def test_prefixes_are_not_joined_where(prefixes: list[int], counts: list[int], why: str) -> None:
+    assert len(_planned(prefixes, counts)) == 2, why
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_meets_every_key_of_its_prefix_once_and_pieces_fit_the_workspace(seed: int) -> None:
+    rng = random.Random(seed)
+    count = rng.randint(1, 12)
+    prefixes = [rng.choice([0, 16, 32, rng.randint(1, 20), rng.randint(1, 200)]) for _ in range(count)]
+    counts = [rng.choice([0, 1, rng.randint(1, 10), rng.randint(1, 70)]) for _ in range(count)]
+    starts = [0, *accumulate(counts)]
+    met: dict[tuple[int, int, int], int] = {}
+    unfinished: tuple[int, int] | None = None
+    for piece in _planned(prefixes, counts):
+        assert unfinished in (None, (piece.first, piece.last)), "other rows in between"
+        unfinished = None if piece.ends else (piece.first, piece.last)
+        rows, keys = (bounds.tolist() for bounds in piece.bounds)
+        assert rows[-1] == piece.last - piece.first <= ROWS and keys[-1] == piece.stop - piece.start <= PIECE
+        assert piece.longest == tuple(max(b - a for a, b in pairwise(bounds)) for bounds in (rows, keys))
+        for (a, b), (c, d) in zip(pairwise(rows), pairwise(keys), strict=True):
+            assert b > a and d > c
+            for row in range(piece.first + a, piece.first + b):
+                for at in range(piece.start + c, piece.start + d):
+                    sequence, page = divmod(int(piece.table[0, at // PAGE]), 1000)
+                    assert starts[sequence] <= row < starts[sequence + 1]
+                    key = sequence, row, page * PAGE + at % PAGE
+                    met[key] = met.get(key, 0) + 1
+    assert unfinished is None
+    wanted = [
+        (i, starts[i] + row, key) for i, rows in enumerate(counts) for row in range(rows) for key in range(prefixes[i])
+    ]
+    assert sorted(met) == sorted(wanted) and set(met.values()) <= {1}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

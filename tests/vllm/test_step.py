@@ -147,14 +147,14 @@ class LocalEngine(Engine):
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, vllm_python: None) -> None:
     from vllm.utils import torch_utils
 
-    from kvturbo.vllm import attention, engine, metadata, prefill
+    from kvturbo.vllm import attention, engine, pieces, prefill
 
     torch.manual_seed(0)
     monkeypatch.setattr(torch_utils, "PIN_MEMORY", False)
     monkeypatch.setattr(engine, "flash_attention", lambda head_size, scale, cap: flash(scale, cap))
     monkeypatch.setattr(engine, "merge", merge)
     monkeypatch.setattr(attention.PackedAttention, "backend", "reference")
-    for module in (metadata, prefill):
+    for module in (pieces, prefill):
         monkeypatch.setattr(module, "PIECE_TOKENS", 48)
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 20)
 
@@ -167,6 +167,19 @@ def test_prompts_chunks_and_decoding_in_one_batch(cache_dtype: str) -> None:
     errors += engine.step([(0, 1), (1, 1), (2, 1)])
     errors += engine.step([(2, 1), (0, 100)])
     assert max(errors) < BOUND, errors
+
+
+def test_several_short_chunks_after_short_prefixes_are_attended_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvturbo.vllm import prefill
+
+    engine, pieces = Engine(), []
+    engine.step([(0, 32), (1, 15)])
+    add = prefill._Prefix.add
+    monkeypatch.setattr(
+        prefill._Prefix, "add", lambda self, piece, *rest: (pieces.append(piece), add(self, piece, *rest))
+    )
+    assert max(engine.step([(0, 5), (1, 7)])) < BOUND
+    assert [piece.bounds[1].tolist() for piece in pieces] == [[0, 32, 47]]
 
 
 @pytest.mark.parametrize("padding", [1, 5])

@@ -20,7 +20,7 @@ from kvturbo.config import PAGE_SIZES
 from kvturbo.ops.checks import MAX_Q_LEN
 from kvturbo.ops.warmup import warmup
 from kvturbo.vllm import rings
-from kvturbo.vllm.prefill import PIECE_TOKENS, ROWS_AT_ONCE
+from kvturbo.vllm.pieces import PrefixPiece, pieces_of
 from kvturbo.vllm.report import report
 from kvturbo.vllm.schedules import Schedules
 
@@ -48,27 +48,6 @@ class DecodeRows:
 
 
 @dataclass(frozen=True)
-class PrefixPiece:
-    """A piece of a packed prefix and some rows that see all of it.
-
-    Attributes:
-        first, last: rows of the prompt part of the batch.
-        sequence: row of the block table.
-        start, stop: positions of the prefix.
-        bounds: [2, 2] int32 on the device: (0, rows) and (0, stop - start), where flash attention wants them.
-        ends: whether it is the last piece for these rows.
-    """
-
-    first: int
-    last: int
-    sequence: int
-    start: int
-    stop: int
-    bounds: Tensor
-    ends: bool
-
-
-@dataclass(frozen=True)
 class PromptRows:
     """The other rows: chunks of prompts, which attend to their own raw keys and values and to what was packed before.
 
@@ -76,7 +55,6 @@ class PromptRows:
         first, last: rows of the batch.
         longest: tokens of the longest chunk.
         starts: [chunks + 1] int32, where the chunks begin, from `first` on.
-        block_table: [chunks, any] int32.
         pieces: the packed prefixes.
     """
 
@@ -84,7 +62,6 @@ class PromptRows:
     last: int
     longest: int
     starts: Tensor
-    block_table: Tensor
     pieces: list[PrefixPiece]
 
 
@@ -177,7 +154,9 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         )
         return PackedMetadata(
             self._decode_rows(common_attn_metadata, decodes, decode_tokens) if decode_tokens else None,
-            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.device, self._unknown) if prompts else None,
+            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.kv_cache_spec.block_size, self._unknown)
+            if prompts
+            else None,
         )
 
     def update_draft_decode_metadata(self, metadata: PackedMetadata) -> None:
@@ -218,36 +197,17 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
 
 
 def _prompt_rows(
-    common: CommonAttentionMetadata, decodes: int, first: int, device: torch.device, unknown: int = 0
+    common: CommonAttentionMetadata, decodes: int, first: int, page_size: int, unknown: int = 0
 ) -> PromptRows:
     """The prompts of a batch; `unknown` tokens of every sequence are in its chunk, but not in the length that the host knows."""
     starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
     lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
     counts = [end - start for start, end in pairwise(starts)]
-    spans: list[tuple[int, int, int, int, int, bool]] = []
-    for i, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=False)):
-        spans += _spans(i, start - first, count, max(0, length + unknown - count))
-    bounds = torch.tensor([[[0, b - a], [0, stop - begin]] for a, b, _, begin, stop, _ in spans], dtype=torch.int32)
-    if spans and device.type == "cuda":
-        bounds = bounds.pin_memory().to(device, non_blocking=True)
-    pieces = [
-        PrefixPiece(a, b, sequence, begin, stop, bounds[i], ends)
-        for i, (a, b, sequence, begin, stop, ends) in enumerate(spans)
-    ]
+    prefixes = [max(0, length + unknown - count) for count, length in zip(counts, lengths, strict=True)]
     return PromptRows(
         first, starts[-1], max(counts), common.query_start_loc[decodes : common.num_reqs + 1] - first,
-        common.block_table_tensor[decodes : common.num_reqs], pieces,
+        pieces_of([start - first for start in starts], prefixes, common.block_table_tensor[decodes : common.num_reqs], page_size),
     )  # fmt: skip
-
-
-def _spans(sequence: int, row: int, count: int, prefix: int) -> list[tuple[int, int, int, int, int, bool]]:
-    """Rows and positions that are attended at once: (first row, last row, sequence, start, stop, last for these rows)."""
-    return [
-        (a, min(a + ROWS_AT_ONCE, row + count), sequence, begin, min(begin + PIECE_TOKENS, prefix),
-         begin + PIECE_TOKENS >= prefix)
-        for a in range(row, row + count, ROWS_AT_ONCE)
-        for begin in range(0, prefix, PIECE_TOKENS)
-    ]  # fmt: skip
 
 
 def _check_padding(spec: Any) -> None:

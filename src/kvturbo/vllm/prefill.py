@@ -1,5 +1,6 @@
 """Prompts: a chunk attends to its own raw keys and values with the engine's flash attention, and to the packed prefix before it
-with the same flash attention over 16-bit copies of bounded pieces, in rotated space; results are merged by their log-sum-exp.
+with the same flash attention over 16-bit copies of bounded pieces (`pieces`), in rotated space; results are merged by their
+log-sum-exp.
 """
 
 from __future__ import annotations
@@ -14,15 +15,12 @@ from torch import Tensor
 
 from kvturbo import ops
 from kvturbo.config import KVFormat
-from kvturbo.ops.prefix import PIECE_TOKENS
 from kvturbo.quantizer import has_rotated_form
 from kvturbo.rotation import hadamard_matrix, signs
+from kvturbo.vllm.pieces import PIECE_TOKENS, ROWS_AT_ONCE, PrefixPiece
 
 if TYPE_CHECKING:
-    from kvturbo.vllm.metadata import PrefixPiece, PromptRows
-
-ROWS_AT_ONCE = 2048
-"""Queries that attend to a piece of a prefix at once."""
+    from kvturbo.vllm.metadata import PromptRows
 
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """(out, first, its lse, second, its lse, lse of out): attention over both sets of keys; out overlaps neither."""
@@ -124,7 +122,7 @@ class Prompts:
         state: _Prefix | None = None
         for piece in rows.pieces:
             state = state or _Prefix(self, piece, q, tensors)
-            state.add(piece, pages, rows.block_table, channels)
+            state.add(piece, pages, channels)
             if piece.ends:
                 state.finish(out, lse)
                 state = None
@@ -145,17 +143,15 @@ class _Prefix:
         self._query = turn(q[self._rows], fmt, query) if self._turned else q[self._rows]
         self._lse: Tensor | None = None
 
-    def add(self, piece: PrefixPiece, pages: Tensor, block_table: Tensor, channels: Tensor | None) -> None:
+    def add(self, piece: PrefixPiece, pages: Tensor, channels: Tensor | None) -> None:
         """Attends to one more piece."""
         count, prompts = piece.stop - piece.start, self._prompts
         copies = self._k[:count], self._v[:count]
         ops.gather(
-            pages, block_table[piece.sequence : piece.sequence + 1], piece.start, piece.stop, fmt=prompts.fmt,
-            rotated=self._rotated, outlier_channels=channels, out=(copies[0][None], copies[1][None]),
-            backend=prompts.backend,
+            pages, piece.table, piece.start, piece.stop, fmt=prompts.fmt, rotated=self._rotated,
+            outlier_channels=channels, out=(copies[0][None], copies[1][None]), backend=prompts.backend,
         )  # fmt: skip
-        bounds = piece.bounds[0], piece.bounds[1]
-        longest = len(self._query), count
+        bounds, longest = piece.bounds, piece.longest
         if self._lse is None:
             self._lse = prompts.flash(self._query, *copies, bounds, longest, False, self._merged)
             return

@@ -20,7 +20,7 @@ from kvturbo.vllm.channels import (
     unit_offset,
 )
 from kvturbo.vllm.formats import PREFIX
-from kvturbo.vllm.prefill import PIECE_TOKENS
+from kvturbo.vllm.pieces import PIECE_TOKENS
 from kvturbo.vllm.rings import line_of
 
 _LOG = logging.getLogger("vllm.kvturbo")
