@@ -323,14 +323,16 @@ def test_padding_that_undoes_the_packing_is_refused(monkeypatch: pytest.MonkeyPa
 def test_a_draft_models_chunk_sees_the_whole_prefix_although_the_host_knows_one_token_less() -> None:
     from types import SimpleNamespace
 
-    from kvturbo.vllm.metadata import _prompt_rows
+    from kvturbo.vllm.metadata import PackedMetadataBuilder
 
+    layer = SimpleNamespace(impl=SimpleNamespace(piece_tokens=8192))
+    builder: Any = SimpleNamespace(_unknown=1, kv_cache_spec=SimpleNamespace(block_size=32), layers=[layer])
     starts = torch.tensor([0, 514, 614], dtype=torch.int32)  # 513 and 99 tokens, and the sampled one of each
-    common = SimpleNamespace(
+    common: Any = SimpleNamespace(
         query_start_loc=starts, query_start_loc_cpu=starts, num_reqs=2, block_table_tensor=torch.arange(80).view(2, 40),
         seq_lens_cpu_upper_bound=torch.tensor([1025, 99]),
     )  # fmt: skip
-    [piece] = _prompt_rows(common, 0, 0, 32, 1).pieces  # type: ignore[arg-type]
+    [piece] = PackedMetadataBuilder._prompt_rows(builder, common, 0, 0).pieces
     assert piece.table.tolist() == [list(range(40))] and (piece.start, piece.stop) == (0, 512)
 
 

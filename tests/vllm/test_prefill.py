@@ -32,7 +32,7 @@ def _attend(fmt: KVFormat, prefixes: list[int], counts: list[int], dtype: torch.
     rows = SimpleNamespace(
         starts=torch.tensor(starts, dtype=torch.int32),
         longest=max(counts),
-        pieces=pieces_of(starts, prefixes, batch.block_table, PAGE),
+        pieces=pieces_of(starts, prefixes, batch.block_table, PAGE, PIECE),
     )
     shapes = prefill.Shapes(4, 2, fmt.head_dim, dtype)
     workspace = prefill.dense_workspace(shapes, torch.device("cpu"))
@@ -59,9 +59,10 @@ def _oracle(q: Tensor, k: Tensor, v: Tensor, batch: Any, counts: list[int], soft
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", PIECE)
+    monkeypatch.setattr(pieces, "COPY_BYTES", 0)
     for module in (pieces, prefill):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", ROWS)
-        monkeypatch.setattr(module, "PIECE_TOKENS", PIECE)
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k3v2", "k4v4-o16", "lite4", "k8v4"])
@@ -87,7 +88,7 @@ def test_chunks_see_their_prefix_and_themselves(name: str, prefixes: list[int], 
 def _planned(prefixes: list[int], counts: list[int]) -> list[PrefixPiece]:
     """Pieces whose tables tell sequence and page: page p of sequence s is 1000 s + p."""
     table = 1000 * torch.arange(len(prefixes))[:, None] + torch.arange(max(prefixes) // PAGE + 1)
-    return pieces_of([0, *accumulate(counts)], prefixes, table.int(), PAGE)
+    return pieces_of([0, *accumulate(counts)], prefixes, table.int(), PAGE, PIECE)
 
 
 def test_prefixes_of_neighbours_that_fit_are_attended_together() -> None:
@@ -168,6 +169,15 @@ def test_turning_in_bf16_does_not_shrink_vectors() -> None:
     turned = prefill.turn(x, fmt, torch.empty_like(x))
     ratio = turned.double().norm() / x.double().norm()
     assert abs(float(ratio) - 1) < 2e-5
+
+
+@pytest.mark.parametrize("heads, head_dim, tokens", [(4, 128, 32768), (8, 128, 16384), (5, 96, 34944), (32, 128, 8192)])
+def test_copies_of_a_piece_take_64_mib_or_hold_8192_tokens(
+    heads: int, head_dim: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert pieces.tokens_at_once(heads, head_dim) == tokens and tokens % 64 == 0
+    assert tokens == 8192 or 0 <= (64 << 20) - 4 * tokens * heads * head_dim < 4 * 64 * heads * head_dim
 
 
 def test_the_workspace_is_what_it_says() -> None:

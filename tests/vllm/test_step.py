@@ -154,8 +154,9 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch, vllm_python: None) -> None:
     monkeypatch.setattr(engine, "flash_attention", lambda head_size, scale, cap: flash(scale, cap))
     monkeypatch.setattr(engine, "merge", merge)
     monkeypatch.setattr(attention.PackedAttention, "backend", "reference")
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", 48)
+    monkeypatch.setattr(pieces, "COPY_BYTES", 0)
     for module in (pieces, prefill):
-        monkeypatch.setattr(module, "PIECE_TOKENS", 48)
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 20)
 
 

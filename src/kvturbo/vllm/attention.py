@@ -80,6 +80,11 @@ class PackedAttention(AttentionImpl[PackedMetadata]):
         """Bytes of the memory that prompts need, which all layers share."""
         return self._shapes.nbytes()
 
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of a packed prefix that prompts attend to at once."""
+        return self._shapes.piece_tokens
+
     def ring_plan(self, layer: Any) -> rings.Plan:
         """The rings of the layer, an attention layer of vLLM, whose implementation this is."""
         return rings.of_layer(layer, self._ring_plan)

@@ -103,6 +103,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self.layers = [layers[name] for name in layer_names]
         first = self.layers[0].impl
+        # Tokens of every sequence that are in its chunk, but not in the length that the host knows.
         self._unknown = _catch_up_tokens(vllm_config) if getattr(self.layers[0], "is_draft_layer", False) else 0
         for layer in self.layers:
             layer.impl.prepare(layer, vllm_config, device)
@@ -154,9 +155,7 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
         )
         return PackedMetadata(
             self._decode_rows(common_attn_metadata, decodes, decode_tokens) if decode_tokens else None,
-            _prompt_rows(common_attn_metadata, decodes, decode_tokens, self.kv_cache_spec.block_size, self._unknown)
-            if prompts
-            else None,
+            self._prompt_rows(common_attn_metadata, decodes, decode_tokens) if prompts else None,
         )
 
     def update_draft_decode_metadata(self, metadata: PackedMetadata) -> None:
@@ -181,6 +180,18 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
             schedule.update(seq_lens, q_lens, recent_counts=counts)
         return DecodeRows(tokens, common.block_table_tensor[:batch], seq_lens, q_lens, schedule, slots, counts)
 
+    def _prompt_rows(self, common: CommonAttentionMetadata, decodes: int, first: int) -> PromptRows:
+        starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
+        lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
+        counts = [end - start for start, end in pairwise(starts)]
+        prefixes = [max(0, length + self._unknown - count) for count, length in zip(counts, lengths, strict=True)]
+        pieces = pieces_of(
+            [start - first for start in starts], prefixes, common.block_table_tensor[decodes : common.num_reqs],
+            self.kv_cache_spec.block_size, self.layers[0].impl.piece_tokens,
+        )  # fmt: skip
+        bounds = common.query_start_loc[decodes : common.num_reqs + 1] - first
+        return PromptRows(first, starts[-1], max(counts), bounds, pieces)
+
     def _prepare_rings(self, local: bool, most: int, vllm_config: Any) -> None:
         """Layers have them from now on, since graphs may be captured before there is a step."""
         plans = {layer.impl.ring_plan(layer) for layer in self.layers}
@@ -194,20 +205,6 @@ class PackedMetadataBuilder(AttentionMetadataBuilder[PackedMetadata]):
             )
         for layer in self.layers:
             layer.impl.use_rings(self._rings)
-
-
-def _prompt_rows(
-    common: CommonAttentionMetadata, decodes: int, first: int, page_size: int, unknown: int = 0
-) -> PromptRows:
-    """The prompts of a batch; `unknown` tokens of every sequence are in its chunk, but not in the length that the host knows."""
-    starts = common.query_start_loc_cpu[decodes : common.num_reqs + 1].tolist()
-    lengths = common.seq_lens_cpu_upper_bound[decodes : common.num_reqs].tolist()  # exact for prompts
-    counts = [end - start for start, end in pairwise(starts)]
-    prefixes = [max(0, length + unknown - count) for count, length in zip(counts, lengths, strict=True)]
-    return PromptRows(
-        first, starts[-1], max(counts), common.query_start_loc[decodes : common.num_reqs + 1] - first,
-        pieces_of([start - first for start in starts], prefixes, common.block_table_tensor[decodes : common.num_reqs], page_size),
-    )  # fmt: skip
 
 
 def _check_padding(spec: Any) -> None:

@@ -12,10 +12,19 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kvturbo.config import PAGE_SIZES
 from kvturbo.ops.prefix import PIECE_TOKENS
 
 ROWS_AT_ONCE = 2048
 """Queries that attend to a piece at once."""
+COPY_BYTES = 64 << 20
+"""16-bit copies of a piece's keys and values, if that is `PIECE_TOKENS` or more."""
+
+
+def tokens_at_once(num_kv_heads: int, head_dim: int) -> int:
+    """Keys of a piece at most, a multiple of every page size."""
+    most = COPY_BYTES // (4 * num_kv_heads * head_dim)
+    return max(PIECE_TOKENS, most // max(PAGE_SIZES) * max(PAGE_SIZES))
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class _Span:
     ends: bool = True
 
 
-def pieces_of(starts: Sequence[int], prefixes: Sequence[int], block_table: Tensor, page_size: int) -> list[PrefixPiece]:
+def pieces_of(
+    starts: Sequence[int], prefixes: Sequence[int], block_table: Tensor, page_size: int, most: int
+) -> list[PrefixPiece]:
     """The pieces of a step, in the order in which they are attended. Nothing waits for the device.
 
     Args:
@@ -69,8 +80,9 @@ def pieces_of(starts: Sequence[int], prefixes: Sequence[int], block_table: Tenso
         prefixes: tokens of each sequence that are packed.
         block_table: [sequences, any] int32, the pages of each in order.
         page_size: tokens of a page.
+        most: keys of a piece, as `tokens_at_once` says.
     """
-    spans = list(_spans(starts, prefixes, page_size))
+    spans = list(_spans(starts, prefixes, page_size, most))
     bounds, tables = _bounds(spans, block_table.device), _tables(spans, block_table, page_size)
     return [
         PrefixPiece(
@@ -82,20 +94,20 @@ def pieces_of(starts: Sequence[int], prefixes: Sequence[int], block_table: Tenso
     ]  # fmt: skip
 
 
-def _spans(starts: Sequence[int], prefixes: Sequence[int], page_size: int) -> Iterator[_Span]:
+def _spans(starts: Sequence[int], prefixes: Sequence[int], page_size: int, most: int) -> Iterator[_Span]:
     """Neighbours are joined while they fit. Their keys must follow one another without a gap, so only the last one's may end
     within a page: prefixes that were found cached never do.
     """
     first, joined = 0, list[_Part]()
     for sequence, prefix in enumerate(prefixes):
         row, count = starts[sequence], starts[sequence + 1] - starts[sequence]
-        short = 0 < count <= ROWS_AT_ONCE and 0 < prefix <= PIECE_TOKENS
+        short = 0 < count <= ROWS_AT_ONCE and 0 < prefix <= most
         part = _Part(sequence, count, prefix)
-        if joined and not (short and _fit([*joined, part])):
+        if joined and not (short and _fit([*joined, part], most)):
             yield _Span(first, tuple(joined))
             joined = []
         if not short:
-            yield from _cut(part, row)
+            yield from _cut(part, row, most)
             continue
         first = first if joined else row
         joined.append(part)
@@ -106,15 +118,15 @@ def _spans(starts: Sequence[int], prefixes: Sequence[int], page_size: int) -> It
         yield _Span(first, tuple(joined))
 
 
-def _fit(parts: Sequence[_Part]) -> bool:
-    return sum(part.rows for part in parts) <= ROWS_AT_ONCE and sum(part.keys for part in parts) <= PIECE_TOKENS
+def _fit(parts: Sequence[_Part], most: int) -> bool:
+    return sum(part.rows for part in parts) <= ROWS_AT_ONCE and sum(part.keys for part in parts) <= most
 
 
-def _cut(whole: _Part, row: int) -> Iterator[_Span]:
+def _cut(whole: _Part, row: int, most: int) -> Iterator[_Span]:
     for a in range(0, whole.rows, ROWS_AT_ONCE):
         rows = min(ROWS_AT_ONCE, whole.rows - a)
-        for start in range(0, whole.keys, PIECE_TOKENS):
-            keys = min(PIECE_TOKENS, whole.keys - start)
+        for start in range(0, whole.keys, most):
+            keys = min(most, whole.keys - start)
             yield _Span(row + a, (_Part(whole.sequence, rows, keys),), start, start + keys == whole.keys)
 
 

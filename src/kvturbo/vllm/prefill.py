@@ -17,7 +17,7 @@ from kvturbo import ops
 from kvturbo.config import KVFormat
 from kvturbo.quantizer import has_rotated_form
 from kvturbo.rotation import hadamard_matrix, signs
-from kvturbo.vllm.pieces import PIECE_TOKENS, ROWS_AT_ONCE, PrefixPiece
+from kvturbo.vllm.pieces import ROWS_AT_ONCE, PrefixPiece, tokens_at_once
 
 if TYPE_CHECKING:
     from kvturbo.vllm.metadata import PromptRows
@@ -65,9 +65,14 @@ class Shapes:
     head_size: int
     dtype: torch.dtype
 
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of a prefix that are copied at once."""
+        return tokens_at_once(self.num_kv_heads, self.head_size)
+
     def buffers(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes: k, v, query, partial, merged, result; and lse of the merged and the result, [Hq, rows] fp32 flat."""
-        copies = (PIECE_TOKENS, self.num_kv_heads, self.head_size)
+        copies = (self.piece_tokens, self.num_kv_heads, self.head_size)
         rows = (ROWS_AT_ONCE, self.num_q_heads, self.head_size)
         lse = (self.num_q_heads * ROWS_AT_ONCE,)
         return [(copies, self.dtype)] * 2 + [(rows, self.dtype)] * 4 + [(lse, torch.float32)] * 2

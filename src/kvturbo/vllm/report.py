@@ -20,7 +20,6 @@ from kvturbo.vllm.channels import (
     unit_offset,
 )
 from kvturbo.vllm.formats import PREFIX
-from kvturbo.vllm.pieces import PIECE_TOKENS
 from kvturbo.vllm.rings import line_of
 
 _LOG = logging.getLogger("vllm.kvturbo")
@@ -86,8 +85,8 @@ def summary(layers: Iterable[Layer], workspace_bytes: int, rings: str) -> str:
     capacity = sum(layer.dense for layer in growing) / sum(layer.nbytes for layer in growing)
     return (
         f"kvturbo: {what}; {len(packed)} of {len(layers)} attention layers packed{rest}; the layers that grow with the context "
-        f"hold {capacity:.2f} times the tokens of a 16-bit cache; prompts take {workspace_bytes / 2**20:.0f} MiB of workspace "
-        f"({PIECE_TOKENS} tokens of a prefix at a time); {rings}"
+        f"hold {capacity:.2f} times the tokens of a 16-bit cache; prompts take {workspace_bytes / 2**20:.0f} MiB of workspace, "
+        f"whatever their length; {rings}"
     )
 
 
