@@ -28,6 +28,8 @@ def _flash(
     out: Tensor,
     **options: Any,
 ) -> Tensor:
+    for bounds in starts:  # what vLLM's wants
+        assert bounds.dtype == torch.int32 and bounds.is_contiguous()
     lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
     rows, keys = (bounds.tolist() for bounds in starts)
     assert max(b - a for a, b in pairwise(rows)) == longest[0]

@@ -212,6 +212,22 @@ def test_a_result_that_flash_attention_puts_elsewhere_is_taken(monkeypatch: pyte
     assert got is lse and torch.equal(out, q + 1)
 
 
+@pytest.mark.parametrize("bounds, causal, splits", [([0, 1], False, 0), ([0, 1, 2], False, 1), ([0, 1, 2], True, 0)])
+def test_keys_of_several_prefixes_are_not_split(
+    bounds: list[int], causal: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.v1.attention.backends.fa_utils as fa
+
+    from kvturbo.vllm import engine
+
+    seen: list[int] = []
+    flash = lambda q, k, v, out, **options: (seen.append(options["num_splits"]), (out, q))[1]  # noqa: E731
+    monkeypatch.setattr(fa, "flash_attn_varlen_func", flash, raising=False)
+    q, starts = torch.zeros(2, 4, 128), torch.tensor(bounds)
+    engine.flash_attention(128, 0.1, None)(q, q, q, (starts, starts), (1, 1), causal, torch.empty_like(q))
+    assert seen == [splits]
+
+
 def test_pages_of_another_layout_are_refused_with_their_strides() -> None:
     plan = planned(models.DENSE)
     impl = plan.config.compilation_config.static_forward_context[next(iter(plan.specs))].impl

@@ -98,6 +98,16 @@ def test_prefixes_of_neighbours_that_fit_are_attended_together() -> None:
     assert [bounds.tolist() for bounds in piece.bounds] == [[0, 3, 7, 12], [0, 16, 32, 41]]
 
 
+def test_a_piece_may_be_full() -> None:
+    [piece] = _planned([16, 32], [10, 10])
+    assert piece.stop == PIECE and piece.last == ROWS
+
+
+def test_prefixes_beyond_the_block_table_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must fit in the block table's 1 pages, got \[1, 2\] pages"):
+        pieces_of([0, 1, 2], [16, 32], torch.zeros(2, 1, dtype=torch.int32), PAGE, PIECE)
+
+
 @pytest.mark.parametrize(
     "prefixes, counts, why",
     [
@@ -122,6 +132,8 @@ def test_every_row_meets_every_key_of_its_prefix_once_and_pieces_fit_the_workspa
     unfinished: tuple[int, int] | None = None
     for piece in _planned(prefixes, counts):
         assert unfinished in (None, (piece.first, piece.last)), "other rows in between"
+        last = divmod(int(piece.table[0, (piece.stop - 1) // PAGE]), 1000)
+        assert piece.ends == (last[1] * PAGE + (piece.stop - 1) % PAGE + 1 == prefixes[last[0]])
         unfinished = None if piece.ends else (piece.first, piece.last)
         rows, keys = (bounds.tolist() for bounds in piece.bounds)
         assert rows[-1] == piece.last - piece.first <= ROWS and keys[-1] == piece.stop - piece.start <= PIECE
@@ -171,7 +183,9 @@ def test_turning_in_bf16_does_not_shrink_vectors() -> None:
     assert abs(float(ratio) - 1) < 2e-5
 
 
-@pytest.mark.parametrize("heads, head_dim, tokens", [(4, 128, 32768), (8, 128, 16384), (5, 96, 34944), (32, 128, 8192)])
+@pytest.mark.parametrize(
+    "heads, head_dim, tokens", [(4, 128, 32768), (8, 128, 16384), (5, 96, 34944), (3, 128, 43648), (32, 128, 8192)]
+)
 def test_copies_of_a_piece_take_64_mib_or_hold_8192_tokens(
     heads: int, head_dim: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,17 +170,22 @@ def test_prompts_chunks_and_decoding_in_one_batch(cache_dtype: str) -> None:
     assert max(errors) < BOUND, errors
 
 
-def test_several_short_chunks_after_short_prefixes_are_attended_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [16, 32, 64])
+def test_several_short_chunks_after_short_prefixes_are_attended_together(
+    page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvturbo.vllm import pieces as cutting
     from kvturbo.vllm import prefill
 
-    engine, pieces = Engine(), []
-    engine.step([(0, 32), (1, 15)])
+    monkeypatch.setattr(cutting, "PIECE_TOKENS", 2 * page)
+    engine, pieces = Engine(block_size=page), []
+    engine.step([(0, page), (1, 15)])
     add = prefill._Prefix.add
     monkeypatch.setattr(
         prefill._Prefix, "add", lambda self, piece, *rest: (pieces.append(piece), add(self, piece, *rest))
     )
     assert max(engine.step([(0, 5), (1, 7)])) < BOUND
-    assert [piece.bounds[1].tolist() for piece in pieces] == [[0, 32, 47]]
+    assert [piece.bounds[1].tolist() for piece in pieces] == [[0, page, page + 15]]
 
 
 @pytest.mark.parametrize("padding", [1, 5])

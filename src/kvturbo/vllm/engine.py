@@ -42,9 +42,13 @@ def _flash(
 ) -> Tensor:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
+    # How far keys are split is chosen by the longest sequence as if there were no other, and all rows get memory for it: a gigabyte
+    # for many short prefixes beside a long one. One sequence's splits times its rows are bounded.
+    splits = 1 if not causal and len(starts[0]) > 2 else 0
     result, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1],
         softmax_scale=scale, causal=causal, softcap=soft_cap, return_softmax_lse=True, out=out, fa_version=version,
+        num_splits=splits,
     )  # fmt: skip
     # Versions that fold grouped heads for a single query make a tensor of their own.
     if result.data_ptr() != out.data_ptr():

@@ -96,7 +96,7 @@ def pieces_of(
 
 def _spans(starts: Sequence[int], prefixes: Sequence[int], page_size: int, most: int) -> Iterator[_Span]:
     """Neighbours are joined while they fit. Their keys must follow one another without a gap, so only the last one's may end
-    within a page: prefixes that were found cached never do.
+    within a page; prefixes that were found cached are whole pages.
     """
     first, joined = 0, list[_Part]()
     for sequence, prefix in enumerate(prefixes):
@@ -149,6 +149,10 @@ def _tables(spans: Sequence[_Span], block_table: Tensor, page_size: int) -> list
         return [block_table[span.parts[0].sequence, None] for span in spans]
     parts = [part for span in several for part in span.parts]
     pages = torch.tensor([-(-part.keys // page_size) for part in parts])
+    if pages.max() > block_table.shape[1]:  # on a GPU an index out of range would end the process
+        raise ValueError(
+            f"prefixes must fit in the block table's {block_table.shape[1]} pages, got {pages.tolist()} pages"
+        )
     sequences = torch.tensor([part.sequence for part in parts]).repeat_interleave(pages)
     columns = torch.arange(len(sequences)) - (pages.cumsum(0) - pages).repeat_interleave(pages)
     index = _to(torch.stack((sequences, columns)), block_table.device)
