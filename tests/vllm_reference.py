@@ -138,14 +138,14 @@ def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, 
     return f"texts that part from themselves, and the largest gap there: {text}"
 
 
-def same_text_at_other_loads() -> str:
+def same_text_at_other_loads(dtype: str) -> str:
     """64 texts of a packed cache in engines that sum otherwise: they part from themselves at ties, as seldom as in 16 bits."""
     texts, parted = prompts(TEXTS, TOKENS), {}
     for cache_dtype in ("turboquant", "auto"):
-        usual = _by_engine(texts, cache_dtype=cache_dtype)
+        cache = {"cache_dtype": cache_dtype, "dtype": dtype}
+        usual = _by_engine(texts, **cache)
         parted[cache_dtype] = {
-            name: first_differences(_by_engine(texts, cache_dtype=cache_dtype, **options), usual)
-            for name, options in OTHERWISE.items()
+            name: first_differences(_by_engine(texts, **cache, **options), usual) for name, options in OTHERWISE.items()
         }
     return as_sixteen_bit(parted["turboquant"], parted["auto"])
 

@@ -245,7 +245,8 @@ for name, model in {
 
 CHECKS["rings"] = fewer_regrets_with_rings
 CHECKS["same_text_as_reference"] = same_text_as_reference
-CHECKS["same_text_at_other_loads"] = same_text_at_other_loads
+CHECKS["same_text_at_other_loads"] = partial(same_text_at_other_loads, "bfloat16")
+CHECKS["same_text_at_other_loads_fp16"] = partial(same_text_at_other_loads, "float16")
 CHECKS["eval_of_servers"] = eval_of_servers
 
 
