@@ -10,7 +10,6 @@ import torch
 from vllm_engines import (
     MODEL,
     NEW_TOKENS,
-    NGRAM,
     NO_RINGS,
     Differences,
     Text,
@@ -31,15 +30,12 @@ FLOORS = {"float16": 0.1, "bfloat16": 0.13}
 """Gaps of the two best logits below which rounding may change a token, whatever is read: a bf16 logit between 16 and 32 has steps
 of 0.125."""
 TIE = 0.1
-"""Gap of the two best logits below which a text may part from itself where an engine reads the same cache at another load."""
-_COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, FEW, TEXTS]}}
-OTHERWISE: dict[str, dict[str, Any]] = {
-    "by 8": {"max_num_seqs": FEW},
-    "compiled": _COMPILED,
-    "compiled, by 8": _COMPILED | {"max_num_seqs": FEW},
-    "n-gram drafts": {"speculative_config": NGRAM},
+"""Gap of the two best logits below which a text may part from itself in batches of another size."""
+ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, FEW, TEXTS]}},
 }
-"""How else engines can write the texts of an eager engine that has all of them at once, with the same cache and other sums."""
+"""Engines whose texts by few are held to their own with all at once."""
 
 
 def written(
@@ -128,7 +124,7 @@ def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, 
     two standard deviations).
 
     Args:
-        packed, sixteen_bit: where texts part, by how else they were written; as many texts of each.
+        packed, sixteen_bit: where texts part, by engine; as many texts of each.
     """
     lines = [f"{name}: {_told(found)}, 16 bits {_told(sixteen_bit[name])}" for name, found in packed.items()]
     text = "; ".join(lines)
@@ -138,16 +134,22 @@ def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, 
     return f"texts that part from themselves, and the largest gap there: {text}"
 
 
-def same_text_at_other_loads(dtype: str) -> str:
-    """64 texts of a packed cache in engines that sum otherwise: they part from themselves at ties, as seldom as in 16 bits."""
-    texts, parted = prompts(TEXTS, TOKENS), {}
-    for cache_dtype in ("turboquant", "auto"):
-        cache = {"cache_dtype": cache_dtype, "dtype": dtype}
-        usual = _by_engine(texts, **cache)
-        parted[cache_dtype] = {
-            name: first_differences(_by_engine(texts, **cache, **options), usual) for name, options in OTHERWISE.items()
+def same_text_across_batch_sizes(dtype: str) -> str:
+    """64 texts of a packed cache, all at once and by 8: they part from themselves at ties, as seldom as in 16 bits."""
+    texts = prompts(TEXTS, TOKENS)
+    parted = {
+        cache_dtype: {
+            name: _across_batch_sizes(texts, cache_dtype=cache_dtype, dtype=dtype, **options)
+            for name, options in ENGINES.items()
         }
+        for cache_dtype in ("turboquant", "auto")
+    }
     return as_sixteen_bit(parted["turboquant"], parted["auto"])
+
+
+def _across_batch_sizes(texts: list[Any], **options: Any) -> Differences:
+    whole = _by_engine(texts, **options)
+    return first_differences(_by_engine(texts, max_num_seqs=FEW, **options), whole)
 
 
 def _by_engine(texts: list[Any], **options: Any) -> list[Text]:

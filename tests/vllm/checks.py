@@ -56,7 +56,7 @@ from vllm_engines import (  # noqa: E402
     sensible,
     serving,
 )
-from vllm_reference import same_text_as_reference, same_text_at_other_loads  # noqa: E402
+from vllm_reference import same_text_across_batch_sizes, same_text_as_reference  # noqa: E402
 from vllm_runner import Result, plug_in, run_beside  # noqa: E402
 from vllm_served import eval_of_servers  # noqa: E402
 
@@ -245,8 +245,8 @@ for name, model in {
 
 CHECKS["rings"] = fewer_regrets_with_rings
 CHECKS["same_text_as_reference"] = same_text_as_reference
-CHECKS["same_text_at_other_loads"] = partial(same_text_at_other_loads, "bfloat16")
-CHECKS["same_text_at_other_loads_fp16"] = partial(same_text_at_other_loads, "float16")
+CHECKS["same_text_across_batch_sizes"] = partial(same_text_across_batch_sizes, "bfloat16")
+CHECKS["same_text_across_batch_sizes_fp16"] = partial(same_text_across_batch_sizes, "float16")
 CHECKS["eval_of_servers"] = eval_of_servers
 
 
@@ -274,14 +274,15 @@ def cpu_offload() -> str:
 
 @check
 def processes() -> str:
-    """The engine and its worker in processes of their own, as a server has them: the plugin is found there."""
+    """The engine and its worker in processes of their own, as a server has them: the plugin is found there. Prompts come one after
+    another, so batches may be others than in one process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     try:
         with engine(distributed_executor_backend="mp", max_num_batched_tokens=8192) as llm:
             got = generate(llm, prompts())
     finally:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return as_eager(got)
+    return sensible(got)
 
 
 @check

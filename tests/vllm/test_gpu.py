@@ -18,7 +18,7 @@ NAMES = (
     "eager", "chunks", "full_graphs", "piecewise_graphs", "compiled", "prefix_hit", "ngram", "draft_model", "preemption",
     "skip_layers", "half_precision", "outliers", "many_texts", "two_bits", "sliding", "head_dims", "soft_caps", "sinks",
     "mamba", "gated_delta", "cpu_offload", "processes", "server", "tensor_parallel", "reference_path", "speed",
-    "rings", "same_text_as_reference", "same_text_at_other_loads", "same_text_at_other_loads_fp16", "local_chunks",
+    "rings", "same_text_as_reference", "same_text_across_batch_sizes", "same_text_across_batch_sizes_fp16", "local_chunks",
     "eval_of_servers",
 )  # fmt: skip
 
