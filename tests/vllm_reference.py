@@ -29,8 +29,6 @@ CACHES: dict[str, tuple[str | None, int, dict[str, Any]]] = {
 FLOORS = {"float16": 0.1, "bfloat16": 0.13}
 """Gaps of the two best logits below which rounding may change a token, whatever is read: a bf16 logit between 16 and 32 has steps
 of 0.125."""
-TIE = 0.1
-"""Gap of the two best logits below which a text may part from itself in batches of another size."""
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, FEW, TEXTS]}},
@@ -119,17 +117,18 @@ def _largest(differences: Differences) -> float:
     return max((gap for _, gap in differences), default=0)
 
 
-def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, Differences]) -> str:
+def as_sixteen_bit(packed: Mapping[str, Differences], sixteen_bit: Mapping[str, Differences], floor: float) -> str:
     """Raises unless texts of a packed cache part from themselves at ties alone, and no more often than a 16-bit cache's do (up to
     two standard deviations).
 
     Args:
         packed, sixteen_bit: where texts part, by engine; as many texts of each.
+        floor: gap of the two best logits below which any token may differ.
     """
     lines = [f"{name}: {_told(found)}, 16 bits {_told(sixteen_bit[name])}" for name, found in packed.items()]
     text = "; ".join(lines)
     for name, found in packed.items():
-        assert _largest(found) < TIE, f"{name}: texts part at a gap of {_largest(found):.3f}, {TIE} or more: {text}"
+        assert _largest(found) < floor, f"{name}: texts part at a gap of {_largest(found):.3f}, {floor} or more: {text}"
         assert _as_seldom(len(found), len(sixteen_bit[name])), f"{name}: more texts part than in 16 bits: {text}"
     return f"texts that part from themselves, and the largest gap there: {text}"
 
@@ -144,7 +143,7 @@ def same_text_across_batch_sizes(dtype: str) -> str:
         }
         for cache_dtype in ("turboquant", "auto")
     }
-    return as_sixteen_bit(parted["turboquant"], parted["auto"])
+    return as_sixteen_bit(parted["turboquant"], parted["auto"], FLOORS[dtype])
 
 
 def _across_batch_sizes(texts: list[Any], **options: Any) -> Differences:

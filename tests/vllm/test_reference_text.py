@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kvturbo[hf]'")
 
 from vllm_engines import MODEL, first_differences, prompts, same_text
-from vllm_reference import FLOORS, TIE, as_rounding, as_sixteen_bit, written
+from vllm_reference import FLOORS, as_rounding, as_sixteen_bit, written
 
 
 @pytest.mark.parametrize("fmt", [None, "k4v4"])
@@ -49,13 +49,13 @@ def test_paths_part_no_wider_and_no_more_often_than_by_rounding() -> None:
 
 def test_a_packed_cache_parts_from_itself_at_ties_alone_and_no_more_often_than_16_bits() -> None:
     sixteen = {"by 8": [(3, 0.3), (9, 0.01)]}
-    text = as_sixteen_bit({"by 8": [(5, 0.09)] * 2}, sixteen)
+    text = as_sixteen_bit({"by 8": [(5, 0.09)] * 2}, sixteen, 0.1)
     assert text.endswith("by 8: 2 (gap 0.090), 16 bits 2 (gap 0.300)")
-    as_sixteen_bit({"by 8": [(5, 0.09)] * 8}, sixteen)
+    as_sixteen_bit({"by 8": [(5, 0.09)] * 8}, sixteen, 0.1)
     with pytest.raises(AssertionError, match=r"by 8: more texts part than in 16 bits: .*by 8: 11 "):
-        as_sixteen_bit({"by 8": [(5, 0.09)] * 11}, sixteen)
+        as_sixteen_bit({"by 8": [(5, 0.09)] * 11}, sixteen, 0.1)
     with pytest.raises(AssertionError, match=r"by 8: texts part at a gap of 0.100, 0.1 or more"):
-        as_sixteen_bit({"by 8": [(5, TIE)]}, sixteen)
+        as_sixteen_bit({"by 8": [(5, 0.1)]}, sixteen, 0.1)
 
 
 def test_the_same_text_is_the_same_to_the_last_token() -> None:
