@@ -210,12 +210,12 @@ def sensible(*runs: list[Text], texts: list[Any] | None = None) -> str:
     return text
 
 
-def close_losses(got: list[float], wanted: list[float], bound: float = 0.02) -> str:
-    """Raises unless the mean loss is within a bound of the 16-bit one."""
+def close_losses(got: list[float], wanted: list[float], bound: float = 0.02, name: str = "16 bits") -> str:
+    """Raises unless the mean loss is within a bound of another engine's."""
     mean, expected = sum(got) / len(got), sum(wanted) / len(wanted)
     worst = max(abs(a - b) for a, b in zip(got, wanted, strict=True))
-    assert abs(mean - expected) < bound, f"loss {mean:.4f}, 16 bits {expected:.4f}"
-    return f"loss {mean:.4f}, 16 bits {expected:.4f}, largest difference of a token {worst:.3f}"
+    assert abs(mean - expected) < bound, f"loss {mean:.4f}, {name} {expected:.4f}"
+    return f"loss {mean:.4f}, {name} {expected:.4f}, largest difference of a token {worst:.3f}"
 
 
 def capacity(llm: Any) -> int:

@@ -56,6 +56,7 @@ from vllm_engines import (  # noqa: E402
     sensible,
     serving,
 )
+from vllm_pieces import small_pieces  # noqa: E402
 from vllm_reference import same_text_across_batch_sizes, same_text_as_reference  # noqa: E402
 from vllm_runner import Result, plug_in, run_beside  # noqa: E402
 from vllm_served import eval_of_servers  # noqa: E402
@@ -247,6 +248,7 @@ CHECKS["rings"] = fewer_regrets_with_rings
 CHECKS["same_text_as_reference"] = same_text_as_reference
 CHECKS["same_text_across_batch_sizes"] = partial(same_text_across_batch_sizes, "bfloat16")
 CHECKS["same_text_across_batch_sizes_fp16"] = partial(same_text_across_batch_sizes, "float16")
+CHECKS["small_pieces"] = small_pieces
 CHECKS["eval_of_servers"] = eval_of_servers
 
 

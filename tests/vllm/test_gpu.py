@@ -19,7 +19,7 @@ NAMES = (
     "skip_layers", "half_precision", "outliers", "many_texts", "two_bits", "sliding", "head_dims", "soft_caps", "sinks",
     "mamba", "gated_delta", "cpu_offload", "processes", "server", "tensor_parallel", "reference_path", "speed",
     "rings", "same_text_as_reference", "same_text_across_batch_sizes", "same_text_across_batch_sizes_fp16", "local_chunks",
-    "eval_of_servers",
+    "eval_of_servers", "small_pieces",
 )  # fmt: skip
 
 

@@ -121,6 +121,13 @@ def test_prefixes_are_not_joined_where(prefixes: list[int], counts: list[int], w
     assert len(_planned(prefixes, counts)) == 2, why
 
 
+def test_long_prefixes_stay_alone_so_that_their_keys_can_be_split() -> None:
+    table = torch.arange(14).view(2, 7)
+    together = pieces_of([0, 1, 2], [PIECE, PIECE], table, PAGE, 3 * PIECE)
+    apart = pieces_of([0, 1, 2], [PIECE + 1, PIECE + 1], table, PAGE, 3 * PIECE)
+    assert [piece.stop for piece in together] == [2 * PIECE] and [piece.stop for piece in apart] == [PIECE + 1] * 2
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_every_row_meets_every_key_of_its_prefix_once_and_pieces_fit_the_workspace(seed: int) -> None:
     rng = random.Random(seed)

@@ -43,7 +43,8 @@ def _flash(
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     # How far keys are split is chosen by the longest sequence as if there were no other, and all rows get memory for it: a gigabyte
-    # for many short prefixes beside a long one. One sequence's splits times its rows are bounded.
+    # for many short prefixes beside a long one. One sequence's splits times its rows are bounded, and a chunk's own keys are split
+    # as in the engine's own backend.
     splits = 1 if not causal and len(starts[0]) > 2 else 0
     result, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], max_seqlen_q=longest[0], max_seqlen_k=longest[1],

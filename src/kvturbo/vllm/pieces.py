@@ -96,30 +96,28 @@ def pieces_of(
 
 def _spans(starts: Sequence[int], prefixes: Sequence[int], page_size: int, most: int) -> Iterator[_Span]:
     """Neighbours are joined while they fit. Their keys must follow one another without a gap, so only the last one's may end
-    within a page; prefixes that were found cached are whole pages.
+    within a page; prefixes that were found cached are whole pages. Longer ones than `PIECE_TOKENS` stay alone: they are worth a
+    launch, and only keys of a single sequence are split among multiprocessors.
     """
-    first, joined = 0, list[_Part]()
+    joined, first, rows, keys = list[_Part](), 0, 0, 0
     for sequence, prefix in enumerate(prefixes):
         row, count = starts[sequence], starts[sequence + 1] - starts[sequence]
-        short = 0 < count <= ROWS_AT_ONCE and 0 < prefix <= most
-        part = _Part(sequence, count, prefix)
-        if joined and not (short and _fit([*joined, part], most)):
+        short = 0 < count <= ROWS_AT_ONCE and 0 < prefix <= PIECE_TOKENS
+        if joined and not (short and rows + count <= ROWS_AT_ONCE and keys + prefix <= most):
             yield _Span(first, tuple(joined))
             joined = []
         if not short:
-            yield from _cut(part, row, most)
+            yield from _cut(_Part(sequence, count, prefix), row, most)
             continue
-        first = first if joined else row
-        joined.append(part)
+        if not joined:
+            first, rows, keys = row, 0, 0
+        joined.append(_Part(sequence, count, prefix))
+        rows, keys = rows + count, keys + prefix
         if prefix % page_size:
             yield _Span(first, tuple(joined))
             joined = []
     if joined:
         yield _Span(first, tuple(joined))
-
-
-def _fit(parts: Sequence[_Part], most: int) -> bool:
-    return sum(part.rows for part in parts) <= ROWS_AT_ONCE and sum(part.keys for part in parts) <= most
 
 
 def _cut(whole: _Part, row: int, most: int) -> Iterator[_Span]:
