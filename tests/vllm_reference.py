@@ -1,4 +1,5 @@
-"""Greedy text of an engine beside that of transformers over the same cache, and beside its own by few; for `vllm/checks.py`."""
+"""Greedy text and distributions of an engine beside those of transformers over the same cache, and text beside its own by few; for
+`vllm/checks.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_engines import (
+    CHUNK,
     MODEL,
     NEW_TOKENS,
     NO_RINGS,
@@ -154,6 +156,31 @@ def _by_engine(texts: list[Any], **options: Any) -> list[Text]:
     """What an engine writes that has all texts at once and reads prompts whole, but for its options."""
     with engine(**{"max_num_seqs": TEXTS, "max_num_batched_tokens": TEXTS * TOKENS} | options) as llm:
         return generate(llm, texts)
+
+
+def reference_path() -> str:
+    """Teacher-forced, in the same chunks: the distribution of every token, against transformers over the same packed cache."""
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    from kvturbo.hf import TurboCache
+
+    prompt = prompts(1)
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
+    with engine(max_num_batched_tokens=CHUNK, max_num_seqs=1, max_logprobs=-1) as llm:
+        output = llm.generate(prompt, parameters, use_tqdm=False)[0]
+    rows = [[entry[token].logprob for token in range(1024)] for entry in output.prompt_logprobs[1:]]
+    got = torch.tensor(rows, dtype=torch.float64)
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="kvturbo", dtype=torch.bfloat16).cuda()
+    past = TurboCache(model.config, "k4v4")
+    ids = torch.tensor([prompt[0]["prompt_token_ids"]], device="cuda")
+    with torch.no_grad():
+        logits = [model(chunk, past_key_values=past).logits[0] for chunk in ids.split(CHUNK, 1)]
+    wanted = torch.cat(logits)[:-1].double().log_softmax(-1).cpu()
+    divergence = (wanted.exp() * (wanted - got)).sum(-1)
+    assert divergence.mean() < 1e-3, f"KL {divergence.mean():.2e}"
+    return f"KL {divergence.mean():.2e}, of the worst token {divergence.max():.2e}"
 
 
 def same_text_as_reference() -> str:

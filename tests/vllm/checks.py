@@ -57,7 +57,7 @@ from vllm_engines import (  # noqa: E402
     serving,
 )
 from vllm_pieces import small_pieces  # noqa: E402
-from vllm_reference import same_text_across_batch_sizes, same_text_as_reference  # noqa: E402
+from vllm_reference import reference_path, same_text_across_batch_sizes, same_text_as_reference  # noqa: E402
 from vllm_runner import Result, plug_in, run_beside  # noqa: E402
 from vllm_served import eval_of_servers  # noqa: E402
 
@@ -245,6 +245,7 @@ for name, model in {
 
 
 CHECKS["rings"] = fewer_regrets_with_rings
+CHECKS["reference_path"] = reference_path
 CHECKS["same_text_as_reference"] = same_text_as_reference
 CHECKS["same_text_across_batch_sizes"] = partial(same_text_across_batch_sizes, "bfloat16")
 CHECKS["same_text_across_batch_sizes_fp16"] = partial(same_text_across_batch_sizes, "float16")
@@ -304,33 +305,6 @@ def tensor_parallel() -> str:
     with engine("kvturbo_k4v4-o16", tensor_parallel_size=2, max_num_batched_tokens=CHUNK) as llm:
         got = generate(llm, prompts())
     return sensible(got)
-
-
-@check
-def reference_path() -> str:
-    """Teacher-forced, in the same chunks: the distribution of every token, against transformers over the same packed cache."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from vllm import SamplingParams
-
-    from kvturbo.hf import TurboCache
-
-    prompt = prompts(1)
-    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
-    with engine(max_num_batched_tokens=CHUNK, max_num_seqs=1, max_logprobs=-1) as llm:
-        output = llm.generate(prompt, parameters, use_tqdm=False)[0]
-    rows = [[entry[token].logprob for token in range(1024)] for entry in output.prompt_logprobs[1:]]
-    got = torch.tensor(rows, dtype=torch.float64)
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="kvturbo", dtype=torch.bfloat16).cuda()
-    past = TurboCache(model.config, "k4v4")
-    ids = torch.tensor([prompt[0]["prompt_token_ids"]], device="cuda")
-    with torch.no_grad():
-        logits = [model(chunk, past_key_values=past).logits[0] for chunk in ids.split(CHUNK, 1)]
-    wanted = torch.cat(logits)[:-1].double().log_softmax(-1).cpu()
-    divergence = (wanted.exp() * (wanted - got)).sum(-1)
-    assert divergence.mean() < 1e-3, f"KL {divergence.mean():.2e}"
-    return f"KL {divergence.mean():.2e}, of the worst token {divergence.max():.2e}"
 
 
 @check

@@ -17,6 +17,7 @@ from kvturbo.vllm import pieces, prefill
 from kvturbo.vllm.pieces import PrefixPiece, pieces_of
 from support import attention_oracle, batch_of, relative_error
 from vllm_dense import flash, merge
+from vllm_pieces import cut
 
 ROWS, PIECE, PAGE = 20, 48, 16
 SCALE = 128**-0.5
@@ -59,10 +60,7 @@ def _oracle(q: Tensor, k: Tensor, v: Tensor, batch: Any, counts: list[int], soft
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_TOKENS", PIECE)
-    monkeypatch.setattr(pieces, "COPY_BYTES", 0)
-    for module in (pieces, prefill):
-        monkeypatch.setattr(module, "ROWS_AT_ONCE", ROWS)
+    cut(monkeypatch.setattr, PIECE, ROWS)
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k3v2", "k4v4-o16", "lite4", "k8v4"])
